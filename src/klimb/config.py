@@ -1,0 +1,392 @@
+"""What a run is: one schema for the YAML file, for `--name value` on the command line and for editors (`klimb schema`).
+
+Names are TRL's where the meaning is the same. A batch is `prompts_per_step` prompts with `num_generations` fresh
+completions each: nothing is divided by anything. Python users do not need any of this: the verbs take values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+DESTINATIONS = ("beta", "kl_budget", "reward_goal")
+STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Lora(BaseModel):
+    """Low-rank adapters beside the frozen model."""
+
+    model_config = STRICT
+
+    kind: Literal["lora"] = "lora"
+    r: Count = 16
+    """rank"""
+    alpha: Positive = 32.0
+    """the adapter is scaled by alpha / r"""
+    target_modules: str | list[str] = "all-linear"
+    """which linear layers; "all-linear" is all but the head"""
+    start: str | None = None
+    """folder of an adapter to go on from; frozen, it is the reference"""
+
+
+class Full(BaseModel):
+    """Every weight moves; the reference is a frozen copy."""
+
+    model_config = STRICT
+
+    kind: Literal["full"] = "full"
+
+
+class Config(BaseModel):
+    """All that a run depends on."""
+
+    model_config = STRICT
+
+    model_name_or_path: str = "smollm2-135m"
+    """hub id, local folder with safetensors, or smollm2-135m"""
+    model_revision: str = "main"
+    """branch, tag or commit of a hub model"""
+    dtype: Literal["bfloat16", "float32", "float64", "float16"] | None = None
+    """of the weights; left out: bfloat16 where the processor has it, else float32"""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; left out: cuda if there is one"""
+    trust_remote_code: bool = False
+    """run Python code that comes with the model"""
+    reference: str | None = None
+    """another model of the same tokenizer; left out: the starting policy"""
+    family: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
+    """which weights move"""
+
+    dataset_name: str
+    """file of prompts (.jsonl, .csv, .parquet), folder, or id of a data set"""
+    dataset_train_split: str = "train"
+    """prompts to plan and train on"""
+    dataset_test_split: str | None = "test"
+    """prompts to measure on; null: the training prompts"""
+    prompt_column: str = "prompt"
+    """text, or a list of chat messages"""
+
+    reward_funcs: Annotated[list[str], Field(min_length=1)]
+    """file.py:function, package.module:function, or a sequence-classification model; one or several"""
+    reward_weights: list[float] | None = None
+    """one a reward; left out: 1 each"""
+
+    beta: float | None = None
+    """price of KL, reward per nat; give this, kl_budget or reward_goal"""
+    kl_budget: Positive | None = None
+    """nats the best policy may be away from the reference; the plan finds its beta"""
+    reward_goal: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """mean reward the best policy shall have; the plan finds its beta"""
+
+    plan: str | None = None
+    """an earlier run, or its draws/plan.parquet, whose pool is used instead of a new one"""
+    num_plan_draws: Annotated[int, Field(ge=2)] = 40
+    """reference draws a prompt; they support log(draws) - 2.5 nats"""
+    plan_prompts: Count | None = None
+    """at most this many training prompts; left out: all"""
+
+    method: Literal["log_variance", "reverse_kl", "forward_kl"] = "log_variance"
+    """the objective"""
+    num_generations: Amount = 8
+    """fresh completions a prompt in a step"""
+    num_replay: Amount = 8
+    """kept completions a prompt in a step, the plan's pool at first; left out: 8 for log_variance, else 0"""
+    replay_steps: Amount = 0
+    """first steps that only replay the plan's pool"""
+    keep_fresh: bool = True
+    """keep fresh completions to be replayed later"""
+    prompts_per_step: Count = 8
+    """prompts in a step"""
+    max_steps: Amount = 24
+    """optimizer steps"""
+    max_completion_length: Count = 32
+    """tokens; longer completions are cut"""
+    clip: Positive | None = None
+    """nats of residual above which a draw counts linearly; left out: never"""
+
+    learning_rate: Positive = 5e-4
+    """of AdamW"""
+    lr_scheduler_type: Literal["linear", "constant", "cosine"] = "linear"
+    """linear and cosine end at zero"""
+    warmup_steps: Amount = 0
+    """steps from zero to learning_rate"""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """of AdamW"""
+    adam_beta1: Share = 0.9
+    """of AdamW"""
+    adam_beta2: Share = 0.999
+    """of AdamW"""
+    max_grad_norm: Positive = 1.0
+    """larger gradients are scaled down to this norm"""
+    average_weights: Share = 0.0
+    """decay of a moving average of the weights, which is then what is measured and saved; 0: none"""
+
+    eval_steps: Count | None = None
+    """measure on held-out prompts every so many steps; left out: never"""
+    eval_prompts: Count = 16
+    """held-out prompts of an evaluation during training"""
+    eval_draws: Annotated[int, Field(ge=2)] = 8
+    """draws a prompt of it, of policy and reference each"""
+    measure_prompts: Count = 24
+    """held-out prompts of the final measurement"""
+    measure_draws: Annotated[int, Field(ge=2)] = 32
+    """draws a prompt of it, of policy and reference each"""
+
+    output_dir: str = "runs/klimb"
+    """where everything is written"""
+    save_steps: Count = 10
+    """steps between checkpoints"""
+    save_total_limit: Count = 2
+    """checkpoints kept"""
+    report_to: list[str] = []
+    """trackers that accelerate knows: trackio, wandb, tensorboard, mlflow, ..."""
+    seed: Amount = 0
+    """of everything random"""
+    max_chunk_tokens: Count = 2048
+    """completion tokens that go through the model together in training; less needs less memory"""
+    batch_rows: Count = 192
+    """completions drawn side by side"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Defaults that depend on other fields."""
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        if all(data.get(name) is None for name in DESTINATIONS):
+            data["kl_budget"] = 1.0
+        if data.get("num_replay") is None:
+            data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
+        family = data.get("family")
+        if isinstance(family, Mapping) and "kind" not in family:
+            data["family"] = {"kind": "lora", **family}
+        return data
+
+    @field_validator("reward_funcs", "report_to", "reward_weights", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | int | float) else value
+
+    @field_validator("beta")
+    @classmethod
+    def _beta_is_a_price(cls, beta: float | None) -> float | None:
+        if beta == 0:
+            raise ValueError(
+                "beta 0 has no target: without a price on KL the best policy is any that gives the best completion; "
+                "give a small positive beta, a kl_budget in nats, or a reward_goal"
+            )
+        if beta is not None and not (math.isfinite(beta) and beta > 0):
+            raise ValueError("expected a positive number, in units of reward per nat")
+        return beta
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        given = [name for name in DESTINATIONS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"got {' and '.join(f'{name} {getattr(self, name):g}' for name in given)}, expected one of "
+                f"{', '.join(DESTINATIONS)}; switch the others off with null (--{given[-1]} null)"
+            )
+        if self.num_generations + self.num_replay < 2:
+            raise ValueError(
+                f"num_generations {self.num_generations} with num_replay {self.num_replay}: {self.method} compares the "
+                "draws of one prompt with each other and needs at least 2; use num_generations 2 or more"
+            )
+        if self.num_generations == 0 and self.replay_steps < self.max_steps:
+            raise ValueError(
+                "num_generations 0 leaves nothing to draw after replay_steps; use num_generations 2 or more"
+            )
+        replayed = self.num_replay + (self.num_generations if self.replay_steps else 0)
+        if replayed > self.num_plan_draws:
+            raise ValueError(
+                f"a step would replay {replayed} kept draws a prompt, and num_plan_draws is {self.num_plan_draws}; "
+                "replay fewer, or plan with more"
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"got {len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs, "
+                "expected as many of each"
+            )
+        return self
+
+    @property
+    def needs_plan(self) -> bool:
+        """True if training cannot begin without a pool of reference draws."""
+        return self.beta is None or self.num_replay > 0 or self.replay_steps > 0 or self.plan is not None
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, then options of the command line over it.
+
+    Args:
+        path: the file, or None for options alone.
+        overrides: `["--learning_rate", "1e-3", "--family.r=8"]`; hyphens count as underscores.
+
+    Returns:
+        The configuration, with files it names resolved: from the current folder, or if they are not there, from the
+        folder of the YAML file.
+
+    Raises:
+        ValueError: an unknown or misspelt name, a value that is not possible, YAML that cannot be read.
+
+    Example:
+        >>> config = load(None, ["--dataset_name", "a.jsonl", "--reward-funcs", "math:hypot", "--family.r", "8"])
+        >>> config.family.r, config.reward_funcs, config.kl_budget
+        (8, ['math:hypot'], 1.0)
+        >>> load(None, ["--learning_rat", "1"])
+        Traceback (most recent call last):
+        ...
+        ValueError: command line: no option --learning_rat (did you mean --learning_rate?)
+    """
+    base = {} if path is None else read_yaml(Path(path))
+    arguments = [_underscored(argument) for argument in overrides]
+    _check_names(arguments)
+    config = _validated(base, arguments, where="command line" if path is None else str(path))
+    return config if path is None else _found(config, Path(path).parent)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, without the rights to build anything but plain values.
+
+    Raises:
+        ValueError: no such file, not YAML (by line), not a mapping, a key that does not exist.
+    """
+    if not path.is_file():
+        near = (
+            _nearest(path.name, [p.name for p in path.parent.iterdir()], "") if path.parent.is_dir() else ""
+        )
+        raise ValueError(f"{path}: no such file{near}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        raise ValueError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: got {type(found).__name__}, expected lines such as `dataset_name: a.jsonl`"
+        )
+    for name in _names_in(found):
+        if name not in NAMES:
+            raise ValueError(f"{path}: no key {name!r}{_nearest(name, NAMES, '')}; klimb schema lists them")
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the YAML file, for editors."""
+    return Config.model_json_schema()
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from _names(part, f"{prefix}{name}.")
+
+
+NAMES = tuple(dict.fromkeys(_names(Config)))
+
+
+def _names_in(found: Mapping[str, Any]) -> Iterable[str]:
+    for name, value in found.items():
+        yield str(name)
+        if name == "family" and isinstance(value, Mapping):
+            yield from (f"family.{inner}" for inner in value)
+
+
+def _underscored(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
+def _check_names(arguments: Sequence[str]) -> None:
+    previous_is_name = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, _ = argument[2:].partition("=")
+            if name not in NAMES:
+                raise ValueError(f"command line: no option --{name}{_nearest(name, NAMES, '--')}")
+            previous_is_name = not equals
+        elif previous_is_name:
+            previous_is_name = False
+        else:
+            raise ValueError(
+                f"command line: got {argument!r}, expected an option such as --learning_rate 1e-3"
+            )
+    if previous_is_name:
+        raise ValueError(f"command line: {arguments[-1]} has no value")
+
+
+def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str) -> Config:
+    given = {**base, **(typed := _parsed(arguments))}
+    families = [x.get("family") for x in (base, typed)]
+    if all(isinstance(family, Mapping) for family in families):
+        kinds = [family.get("kind", "lora") for family in families]
+        # another kind of family begins from its own defaults
+        given["family"] = {**(families[0] if kinds[0] == kinds[1] else {}), **families[1]}
+    try:
+        return Config.model_validate(given)
+    except ValidationError as error:
+        lines = [_explained(details) for details in error.errors()]
+        raise ValueError(
+            "\n  ".join([f"{where}:", *lines]) if len(lines) > 1 else f"{where}: {lines[0]}"
+        ) from error
+
+
+def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options as a nested mapping; lists, null and unions as pydantic-settings reads them."""
+    from pydantic_settings import BaseSettings, CliSettingsSource
+
+    options = type(
+        "Options", (Config, BaseSettings), {"model_config": {"env_prefix": "KLIMB_NO_ENVIRONMENT_"}}
+    )
+    source: Any = CliSettingsSource(
+        options, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_parse_none_str="null"
+    )
+    return source()
+
+
+def _explained(details: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in details["loc"] if part not in ("lora", "full"))
+    if details["type"] == "missing":
+        return f"{name} is missing; give it in the file or as --{name}"
+    if details["type"] == "extra_forbidden":
+        return f"no key {name!r}{_nearest(name, NAMES, '')}"
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{name}: got {details['input']!r}: {message}" if name else message
+
+
+def _found(config: Config, folder: Path) -> Config:
+    """Files that are not in the current folder, but beside the YAML file."""
+
+    def beside(name: str) -> str:
+        file, colon, rest = name.partition(":")
+        there = folder / file
+        # a bare name such as `math:hypot` or a hub id is a file only if it is one
+        return f"{there}{colon}{rest}" if not Path(file).exists() and there.exists() else name
+
+    return config.model_copy(
+        update={
+            "dataset_name": beside(config.dataset_name),
+            "reward_funcs": [beside(name) for name in config.reward_funcs],
+            **({} if config.plan is None else {"plan": beside(config.plan)}),
+        }
+    )
+
+
+def _nearest(name: str, names: Iterable[str], dashes: str) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""

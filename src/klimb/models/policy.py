@@ -1,0 +1,211 @@
+"""A causal language model as a policy: render a prompt, score completions of it.
+
+P prompts, G draws a prompt, N packed tokens, D hidden width. Scoring takes the same road as drawing: each prompt is
+read once, what the layers remember of it is handed to its G completions, and they go on from there. Prompts are
+padded on the left and completions on the right, only within a chunk, and positions are given explicitly, so that
+models with absolute positions (GPT-2) score the same text alike in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klimb.data import Draws, Example, chunks
+from klimb.models.hub import eos_ids
+from klimb.models.logprob import Head, token_log_prob
+
+
+@dataclass(frozen=True)
+class CausalPolicy:
+    """A causal language model, and which of its adapters speaks.
+
+    Attributes:
+        model: a transformers causal language model (LoRA layers may sit inside it), without dropout.
+        tokenizer: the one that goes with it.
+        activate: opens a context in which the right adapters are on; nothing to do for a plain model.
+        trainable: the tensors that training may move; empty for a reference.
+        max_chunk_tokens: how many completion tokens go through the model together.
+        end: the tokens that end a completion.
+    """
+
+    model: Any
+    tokenizer: Any
+    activate: Callable[[], AbstractContextManager] = nullcontext
+    trainable: tuple[Tensor, ...] = ()
+    max_chunk_tokens: int = 2048
+    end: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and completion may have together."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The trainable tensors."""
+        return self.trainable
+
+    def render(self, example: Example) -> list[int]:
+        """Token ids of the prompt: chat messages through the model's template, text as it stands.
+
+        Raises:
+            ValueError: messages for a tokenizer without a chat template, or a prompt of no tokens.
+        """
+        if isinstance(example.prompt, str):
+            ids = self.tokenizer(example.prompt)["input_ids"]
+        elif self.tokenizer.chat_template is None:
+            raise ValueError(
+                "the prompt is a list of chat messages, but the tokenizer has no chat template; give the prompt as "
+                "text, or use a model that was made for chat"
+            )
+        else:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(m) for m in example.prompt], add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        if not ids:
+            raise ValueError(f"the prompt {example.prompt!r} has no tokens; expected at least one")
+        return list(ids)
+
+    def decode(self, completion: Tensor) -> str:
+        """The text of a completion, special tokens removed."""
+        return self.tokenizer.decode(completion, skip_special_tokens=True)
+
+    @property
+    def head(self) -> Head:
+        """The output embedding with whatever the architecture does to its logits."""
+        config, output = self.model.config.get_text_config(), self.model.get_output_embeddings()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(
+            output.weight, output.bias, float(scale), getattr(config, "final_logit_softcapping", None)
+        )
+
+    def hidden(self, draws: Draws) -> Tensor:
+        """[N, D] the last layer's state that predicts each packed token; differentiable in `parameters()`."""
+        with self.activate():
+            parts = [self._hidden(piece) for piece in chunks(draws, self.max_chunk_tokens)]
+        return torch.cat(parts)
+
+    def log_prob(self, draws: Draws) -> Tensor:
+        """[N] log pi(token | prompt, earlier tokens) of each packed token, nats, float32 or wider.
+
+        Not the same as the log-probability under a sampler's temperature or top-p: this is always the policy's own.
+        """
+        if not draws.examples:
+            return torch.zeros(0)
+        tokens = torch.cat([ids for group in draws.completions for ids in group]).to(self.device)
+        return token_log_prob(self.hidden(draws), self.head, tokens).to("cpu")
+
+    def _hidden(self, draws: Draws) -> Tensor:
+        first, cache, mask, position = self.read_prompts(draws.examples, draws.num_draws)
+        rows = [ids for group in draws.completions for ids in group]
+        lengths = draws.lengths.flatten().to(self.device)
+        width = int(lengths.max()) - 1  # the last token of a completion predicts nothing
+        hidden = first[:, None]
+        if width > 0:
+            ids = torch.zeros(len(rows), width, dtype=torch.int64)
+            for i, row in enumerate(rows):
+                ids[i, : len(row) - 1] = row[:-1]
+            step = torch.arange(width, device=self.device)
+            here = step < lengths[:, None] - 1
+            later = self.body(
+                input_ids=ids.to(self.device),
+                attention_mask=torch.cat([mask, here.to(mask.dtype)], 1),
+                position_ids=position[:, None] + step,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            hidden = torch.cat([hidden, later], 1)
+        kept = torch.arange(width + 1, device=self.device) < lengths[:, None]
+        return hidden[kept]
+
+    @property
+    def body(self) -> Any:
+        """The model without its head."""
+        return self.model.get_decoder()
+
+    def read_prompts(self, examples: Sequence[Example], num_draws: int) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Read each prompt once and hand what was remembered to its G completions.
+
+        Returns:
+            last hidden state [P*G, D], cache of P*G rows, attention mask [P*G, L], next position [P*G].
+        """
+        from transformers import DynamicCache
+
+        prompts = [self.render(example) for example in examples]
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[i, longest - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        cache = DynamicCache(config=self.model.config)
+        out = self.body(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(num_draws)
+        last = out.last_hidden_state[:, -1].repeat_interleave(num_draws, 0)
+        mask = mask.repeat_interleave(num_draws, 0)
+        return last, cache, mask, mask.sum(1)
+
+
+@torch.no_grad()
+def check_head(policy: CausalPolicy) -> None:
+    """Refuse a model that does more to its logits than `policy.head` knows of.
+
+    The model's own logits of a few tokens must be head(hidden state), to a hundredth of their range (in bfloat16 a
+    model that caps its logits rounds once more than `Head` does).
+
+    Raises:
+        ValueError: they are not; every log-probability would be wrong, silently.
+    """
+    ids = torch.arange(min(4, policy.model.config.get_text_config().vocab_size), device=policy.device)[None]
+    with policy.activate():
+        own = policy.model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = policy.head.logits(policy.body(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    difference, extent = (own - ours).abs().max().item(), own.abs().max().item()
+    if not difference <= 0.01 * extent:
+        raise ValueError(
+            f"{type(policy.model).__name__}: its logits are not those of its output embedding (they differ by "
+            f"{difference:.2g}, the largest is {extent:.2g}); expected at most a scale and a soft-cap in between, or "
+            "the weights are not finite; klimb cannot score this architecture"
+        )
+
+
+@contextmanager
+def adapters(model: Any, *, active: str | None) -> Iterator[None]:
+    """Within this context the peft `model` speaks through its adapter `active`, or through none of them.
+
+    The adapter that was active before is active again afterwards, and what is trainable does not change:
+    peft's own `set_adapter` freezes every adapter it turns off.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = active is None
+            if active is not None:
+                layer._active_adapter = [active]
+        yield
+    finally:
+        for layer, (name, off) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = name, off

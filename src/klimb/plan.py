@@ -1,0 +1,182 @@
+"""Plan: one pool of reference draws, and from it the best policy for every beta, before any training.
+
+P prompts, G draws a prompt. log Z(x) = log E_ref exp(r / beta), E_p[r] and KL(p||ref) are all expectations under the
+reference, so one pool gives the whole frontier of reward against KL, and with it a beta for a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from klimb.data import Example, Pool, Reward, Sampler, stack_pools
+from klimb.models.policy import CausalPolicy
+from klimb.numbers.best_of_n import best_of_n_kl, best_of_n_reward
+from klimb.numbers.estimate import Estimate, mean_estimate
+from klimb.numbers.frontier import FrontierPoint, default_betas, frontier
+from klimb.numbers.tilt import solve_beta, tilted_kl, tilted_mean
+from klimb.rewards.load import check_informative, score
+from klimb.target import Tilt, tilt
+
+Progress = Callable[[str, int, int], None]
+"""called with what is being done, how much of it is done, and how much there is"""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """What drawing n and keeping the best would give: reward, and KL to the reference in nats."""
+
+    n: int
+    reward: Estimate
+    kl: Estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one pool of reference draws says about every beta.
+
+    Attributes:
+        pool: the draws, [P, G]; the first data to train on.
+        reference: who drew them.
+        reward: what scored them.
+        reference_reward: E_ref[r].
+        reward_std: spread of the reward within a prompt, mean over prompts.
+        frontier: reward against KL, a point a beta, from large beta (near the reference) to small.
+        best_of_n: on the same axes.
+    """
+
+    pool: Pool
+    reference: CausalPolicy
+    reward: Reward
+    reference_reward: Estimate
+    reward_std: float
+    frontier: Sequence[FrontierPoint]
+    best_of_n: Sequence[BestOfN]
+
+    def solve(
+        self, *, beta: float | None = None, kl: float | None = None, reward: float | None = None
+    ) -> float:
+        """The beta of a KL budget (nats, mean over prompts) or of a reward goal; or beta itself.
+
+        Raises:
+            ValueError: none or several were given, or the pool cannot support it (the message says with how many
+                draws it could).
+        """
+        given = [x for x in (beta, kl, reward) if x is not None]
+        if len(given) != 1:
+            raise ValueError(f"got {len(given)} of beta, kl and reward; expected one of them")
+        return beta if beta is not None else solve_beta(self.pool.reward, kl=kl, goal=reward)
+
+    def target(
+        self, *, beta: float | None = None, kl: float | None = None, reward: float | None = None
+    ) -> Tilt:
+        """The tilted reference with that beta, KL budget or reward goal."""
+        return tilt(self.reference, self.reward, self.solve(beta=beta, kl=kl, reward=reward))
+
+    def at(self, beta: float, *, generator: torch.Generator) -> FrontierPoint:
+        """The predicted best policy at this beta."""
+        return frontier(self.pool.reward, [beta], generator=generator)[0]
+
+    def prompts(self, beta: float) -> list[dict[str, object]]:
+        """What each prompt has to give at this beta: its rewards, predicted best reward and KL."""
+        reward = self.pool.reward
+        best, cost = tilted_mean(reward, beta), tilted_kl(reward, beta)
+        return [
+            {
+                "id": example.id,
+                "prompt": example.prompt,
+                "reward": reward[p].mean().item(),
+                "reward_std": reward[p].std().item(),
+                "best_reward": best[p].item(),
+                "kl": cost[p].item(),
+                "dead": bool((reward[p] == reward[p, 0]).all()),
+            }
+            for p, example in enumerate(self.pool.draws.examples)
+        ]
+
+
+def draw_pool(
+    examples: Sequence[Example],
+    policy: CausalPolicy,
+    reward: Reward,
+    sampler: Sampler,
+    *,
+    num_draws: int,
+    generator: torch.Generator,
+    progress: Progress = silent,
+    what: str = "draw",
+    at_once: int = 4,
+) -> Pool:
+    """Draw from `policy` and score with `reward`, a few prompts at a time.
+
+    `log_ref` of the pool is the law of the draw, so `policy` is taken to be the reference.
+    """
+    parts, total = [], len(examples) * num_draws
+    progress(what, 0, total)
+    for start in range(0, len(examples), at_once):
+        draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)
+        rewards = score(reward, draws)
+        assert draws.log_q is not None
+        parts.append(Pool(draws, rewards.total, draws.log_q, rewards.parts))
+        progress(what, min(start + at_once, len(examples)) * num_draws, total)
+    return stack_pools(parts)
+
+
+def plan(
+    examples: Sequence[Example],
+    reference: CausalPolicy,
+    reward: Reward,
+    sampler: Sampler,
+    *,
+    num_draws: int,
+    betas: Sequence[float] | None = None,
+    generator: torch.Generator,
+    pool: Pool | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Draw a pool from the reference (or take the one given) and predict the best policy for every beta.
+
+    Args:
+        examples: P prompts.
+        reference: the policy that is tilted.
+        reward: under TRL's contract.
+        sampler: must draw from the reference itself (temperature 1, no top-p).
+        num_draws: G; the pool supports a KL of about log G - 2.5 nats.
+        betas: where to compute the frontier; by default from hardly any KL to what the pool supports.
+        generator: of draws and of bootstrap resamples.
+        pool: reference draws already made.
+        progress: told how far it is.
+
+    Raises:
+        ValueError: all rewards are the same: nothing can be learned.
+    """
+    if pool is None:
+        pool = draw_pool(
+            examples, reference, reward, sampler, num_draws=num_draws, generator=generator, progress=progress
+        )
+    rewards = pool.reward
+    check_informative(rewards)
+    points = frontier(rewards, default_betas(rewards) if betas is None else betas, generator=generator)
+    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if 3 * n <= rewards.shape[1] or n == 1]
+    return Plan(
+        pool=pool,
+        reference=reference,
+        reward=reward,
+        reference_reward=mean_estimate(rewards, generator=generator),
+        reward_std=rewards.std(1).mean().item(),
+        frontier=points,
+        best_of_n=[
+            BestOfN(
+                n,
+                mean_estimate(best_of_n_reward(rewards, n), generator=generator),
+                mean_estimate(best_of_n_kl(rewards, n), generator=generator),
+            )
+            for n in sizes
+        ],
+    )

@@ -1,0 +1,12 @@
+"""The report of a run: one HTML page that opens without a network, made from the files of the run directory.
+
+found.py     what the run left on disk, and what is not there yet
+words.py     numbers and verdicts in plain words
+figures.py   charts, as Vega-Lite specifications
+draws.py     which completions the page carries
+page.py      all of it in one file: page.html, page.css, page.js
+"""
+
+from klimb.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,190 @@
+"""What a run left on disk, read leniently: a file that is not there yet is empty here, further keys do no harm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from klimb.numbers.estimate import Estimate
+from klimb.store import read_json, read_jsonl
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a run directory; empty where there is none.
+
+    Attributes:
+        path: the run directory.
+        config: text of config.yaml.
+        environment: env.json.
+        plan: plan.json.
+        steps: the records of metrics.jsonl.
+        measurement: measure.json.
+        draws: the Parquet files.
+    """
+
+    path: Path
+    config: str
+    environment: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]]
+    measurement: Mapping[str, Any]
+    draws: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the frontier, or a policy beside it: reward against KL in nats.
+
+    Attributes:
+        reward: in its own units.
+        kl: nats.
+        beta: reward per nat, where it is the best policy of one.
+        log_z: nats.
+        ess: effective draws a prompt.
+        pareto_k: tail shape of the weights.
+        reliable: whether the pool supports it.
+    """
+
+    reward: Estimate
+    kl: Estimate
+    beta: float | None = None
+    log_z: Estimate | None = None
+    ess: float | None = None
+    pareto_k: float | None = None
+    reliable: bool = True
+
+
+def read_run(run: str | Path) -> Found:
+    """Read what is there of a run.
+
+    Raises:
+        ValueError: nothing of a run is there, or a file is not what its name says.
+    """
+    path = Path(run)
+    names = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "measure.json")
+    if not any((path / name).is_file() for name in names):
+        raise ValueError(
+            f"{path}: got a folder without a run, expected one that holds at least one of {', '.join(names)}; "
+            "name the output_dir of a run"
+        )
+
+    def mapping(name: str) -> Mapping[str, Any]:
+        value = read_json(path / name) if (path / name).is_file() else {}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path / name}: got a {type(value).__name__}, expected a JSON object")
+        return value
+
+    config = path / "config.yaml"
+    return Found(
+        path=path,
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        environment=mapping("env.json"),
+        plan=mapping("plan.json"),
+        steps=read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else [],
+        measurement=mapping("measure.json"),
+        draws=sorted((path / "draws").glob("*.parquet")),
+    )
+
+
+def as_number(value: object) -> float | None:
+    """A finite number, or None."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None  # type: ignore[arg-type]
+
+
+def as_estimate(value: object) -> Estimate | None:
+    """What was written as an estimate; a bare number has no interval (NaN); None where there is no value.
+
+    Example:
+        >>> print(as_estimate({"value": 0.5, "low": 0.4, "high": 0.6, "n": 128, "warnings": []}))
+        0.50 [0.40, 0.60]
+        >>> as_estimate({"value": None}) is None
+        True
+    """
+    written = value if isinstance(value, Mapping) else {"value": value}
+    centre, low, high = (as_number(written.get(key)) for key in ("value", "low", "high"))
+    if centre is None:
+        return None
+    return Estimate(
+        centre,
+        math.nan if low is None else low,
+        math.nan if high is None else high,
+        int(as_number(written.get("n")) or 0),
+        tuple(str(warning) for warning in written.get("warnings") or ()),
+    )
+
+
+def as_point(record: object) -> Point | None:
+    """A record with reward and kl; None without one of them."""
+    if not isinstance(record, Mapping):
+        return None
+    reward, kl = as_estimate(record.get("reward")), as_estimate(record.get("kl"))
+    if reward is None or kl is None:
+        return None
+    return Point(
+        reward=reward,
+        kl=kl,
+        beta=as_number(record.get("beta")),
+        log_z=as_estimate(record.get("log_z")),
+        ess=as_number(record.get("ess")),
+        pareto_k=as_number(record.get("pareto_k")),
+        reliable=bool(record.get("reliable", reward.reliable)),
+    )
+
+
+def frontier(found: Found) -> list[Point]:
+    """The predicted frontier, from small KL to large."""
+    points = [as_point(record) for record in found.plan.get("frontier") or ()]
+    return sorted((p for p in points if p is not None), key=lambda p: p.kl.value)
+
+
+def chosen_beta(found: Found) -> tuple[float | None, str]:
+    """The beta of the run, and why it is this one."""
+    written = found.plan.get("beta")
+    if isinstance(written, Mapping):
+        return as_number(written.get("value")), str(written.get("why") or "")
+    measured = as_number(found.measurement.get("beta"))
+    return (measured if as_number(written) is None else as_number(written)), ""
+
+
+def reference_reward(found: Found) -> Estimate | None:
+    """The reference's reward on the prompts of the plan."""
+    return as_estimate((found.plan.get("reference") or {}).get("reward"))
+
+
+def predicted(found: Found) -> Point | None:
+    """The best policy at the chosen beta, values and intervals interpolated on the plan's grid in log beta.
+
+    None where the plan has no beta, or one outside its grid.
+    """
+    beta, _ = chosen_beta(found)
+    grid = sorted((p for p in frontier(found) if p.beta), key=lambda p: p.beta or 0)
+    if not grid or not beta or not grid[0].beta <= beta * (1 + 1e-9) <= grid[-1].beta * (1 + 2e-9):
+        return None
+    at = np.log([p.beta for p in grid])
+    above = min(int(np.searchsorted(at, math.log(beta) - 1e-9)), len(grid) - 1)
+    nearest = grid[above]
+    trusted = nearest.reliable and grid[max(above - 1, 0)].reliable
+
+    def between(name: str) -> Estimate:
+        estimates = [getattr(p, name) for p in grid]
+        value, low, high = (
+            float(np.interp(math.log(beta), at, [getattr(e, end) for e in estimates]))
+            for end in ("value", "low", "high")
+        )
+        here: Estimate = getattr(nearest, name)
+        return Estimate(value, low, high, here.n, here.warnings)
+
+    return Point(between("reward"), between("kl"), beta, reliable=trusted)
+
+
+def evaluation(record: Mapping[str, Any], name: str) -> Estimate | None:
+    """An estimate of a step's evaluation on held-out prompts, if there was one."""
+    held_out = record.get("evaluation") or {}
+    return as_estimate(held_out.get(name)) or as_estimate((held_out.get("estimates") or {}).get(name))

@@ -1,0 +1,206 @@
+"""The page itself: what was found, in words, figures and tables, as one HTML file that needs nothing else.
+
+Samples are untrusted text: the template escapes everything, figures are handed over as escaped JSON, and the page's
+own policy lets no script run but the two that klimb wrote into it, and nothing be fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from klimb.numbers.estimate import Estimate
+from klimb.report import words
+from klimb.report.draws import cut, draw_table
+from klimb.report.figures import Spec, frontier_chart, seconds_spent, step_charts, time_chart
+from klimb.report.found import (
+    Found,
+    as_estimate,
+    chosen_beta,
+    frontier,
+    predicted,
+    read_run,
+    reference_reward,
+)
+from klimb.store import write_whole
+
+
+def write_report(run: str | Path) -> Path:
+    """Write RUN/report.html: everything the run has to show so far, in one page that opens without a network.
+
+    Sections whose files are not there yet say so. The page stays below 3 MB: it carries at most 2,000 draws and
+    names the files with the rest. Estimates are shown as they were written, with their 95 % intervals.
+
+    Args:
+        run: a run directory, with at least one of config.yaml, env.json, plan.json, metrics.jsonl, measure.json.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: there is no run, a file of it cannot be read, altair is not installed, or the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> from klimb.store import write_json
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     reward = {"value": 0.3, "low": 0.2, "high": 0.4, "n": 512, "warnings": []}
+        ...     write_json(Path(run, "plan.json"), {"reference": {"reward": reward}})
+        ...     page = write_report(run)
+        ...     "The reference earns 0.30 [0.20 to 0.40]" in page.read_text(encoding="utf-8")
+        True
+    """
+    found = read_run(run)
+    path = found.path / "report.html"
+    write_whole(path, render(found))
+    return path
+
+
+def render(found: Found) -> str:
+    """The page as text."""
+    bundle = _bundle()
+    beta, why = chosen_beta(found)
+    table = draw_table(found.draws)
+    prompts = {row.prompt_id: row.prompt for row in table.rows}
+    spent = seconds_spent(found)
+    charts: dict[str, Spec | None] = {
+        "frontier": frontier_chart(found),
+        **step_charts(found),
+        "time": time_chart(found),
+    }
+    drawn = {name: spec for name, spec in charts.items() if spec is not None}
+    scripts = {"bundle": Markup(bundle), "script": Markup(_part("page.js"))}
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_part),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": words.number, "short": words.short, "both": words.both}
+    environment.filters |= {"visible": words.visible}
+    return environment.get_template("page.html").render(
+        found=found,
+        name=found.path.resolve().name,
+        headline=words.headline(found),
+        diagnosis=found.measurement.get("diagnosis") or {},
+        beta=beta,
+        why=why,
+        figures=figures_of(found),
+        warnings=warnings_of(found),
+        dead=sum(bool(p.get("dead")) for p in found.plan.get("prompts") or () if isinstance(p, dict)),
+        charts=drawn,
+        frontier=frontier(found),
+        spent=spent,
+        total=sum(spent.values()),
+        table=table,
+        prompts={prompt_id: (place, text) for place, (prompt_id, text) in enumerate(prompts.items(), 1)},
+        policy_drawn=any(row.who == "policy" for row in table.rows),
+        command=command(found),
+        config=cut(found.config, 20_000),
+        hashes=[_hash(script) for script in scripts.values()],
+        **scripts,
+    )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the panel: what it is, the estimate, its unit, and a line that explains it."""
+
+    label: str
+    value: str
+    interval: str
+    unit: str
+    meaning: str
+    doubtful: bool
+
+
+def figures_of(found: Found) -> list[Figure]:
+    """The panel of estimates: of the policy where it was measured, else of what the plan predicts."""
+    measured = found.measurement
+    if measured:
+        reference = as_estimate((measured.get("reference") or {}).get("reward"))
+        optimum = measured.get("optimum") or {}
+        best, best_kl = as_estimate(optimum.get("reward")), as_estimate(optimum.get("kl"))
+        wanted = [
+            ("Reward", "reward", "", f"reference {words.both(reference)}; best policy {words.both(best)}"),
+            ("KL to the reference", "kl", "nats", f"the best policy spends {words.both(best_kl)}"),
+            ("Share attained", "attained", "%", "of the way from the reference to the best policy"),
+            ("Gap", "gap", "reward", "beta · KL(policy ‖ best policy): what is left to climb"),
+            ("Efficiency", "frontier_efficiency", "%", "of the reward that this KL could buy"),
+            ("log Z", "log_z", "nats", "what the best policy is normalised by"),
+        ]
+        found_here = [
+            (label, as_estimate(measured.get(key)), unit, said) for label, key, unit, said in wanted
+        ]
+    else:
+        best = predicted(found)
+        found_here = [
+            ("Reference reward", reference_reward(found), "", "before any training"),
+            ("Best policy's reward", best and best.reward, "", "predicted, at the chosen beta"),
+            ("Best policy's KL", best and best.kl, "nats", "predicted, to the reference"),
+        ]
+    return [_figure(label, e, unit, said) for label, e, unit, said in found_here if e is not None]
+
+
+def _figure(label: str, e: Estimate, unit: str, meaning: str) -> Figure:
+    percent = unit == "%"
+    return Figure(
+        label,
+        words.value(e, percent=percent),
+        words.interval(e, percent=percent),
+        "" if percent else unit,
+        meaning,
+        not e.reliable,
+    )
+
+
+def warnings_of(found: Found) -> list[str]:
+    """What is wrong with the estimates of the panel, each thing once."""
+    estimates = [as_estimate(value) for value in found.measurement.values()]
+    best = predicted(found)
+    if not found.measurement and best is not None:
+        estimates = [best.reward, best.kl]
+    return list(dict.fromkeys(warning for e in estimates if e is not None for warning in e.warnings))
+
+
+def command(found: Found) -> str:
+    """What to type to do it again: as it was noted in env.json, else from the resolved config."""
+    noted = found.environment.get("command")
+    if isinstance(noted, str):
+        return noted
+    if isinstance(noted, Sequence):
+        return shlex.join(str(part) for part in noted)
+    return shlex.join(["klimb", "climb", "-c", str(found.path / "config.yaml")]) if found.config else ""
+
+
+@functools.cache
+def _bundle() -> str:
+    """The JavaScript that draws Vega-Lite charts, 0.9 MB; it takes seconds to make, so it is made once."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise ValueError(
+            "the report draws its charts with vl-convert, which is not installed: pip install 'klimb[report]'"
+        ) from error
+    bundle: str = vl_convert.javascript_bundle()
+    assert "</script" not in bundle.lower() and "<!--" not in bundle
+    return bundle
+
+
+def _part(name: str) -> str:
+    return (resources.files("klimb.report") / name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """How a page's policy names a script that may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,109 @@
+"""Numbers and verdicts in plain words; no number without its interval where it has one."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+
+from klimb.numbers.estimate import Estimate
+from klimb.report.found import Found, as_estimate, chosen_beta, predicted, reference_reward
+
+
+def number(x: float | None, digits: int = 2) -> str:
+    """A number with so many decimals and a true minus sign; nothing for None.
+
+    Example:
+        >>> number(-0.456), number(math.inf), number(None)
+        ('−0.46', '∞', '')
+    """
+    if x is None or math.isnan(x):
+        return ""
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    return f"{round(x, digits) + 0.0:.{digits}f}".replace("-", "−")  # + 0.0: no "−0.00"
+
+
+def short(x: float | None) -> str:
+    """A number with three digits that count."""
+    return "" if x is None else f"{x:.3g}".replace("-", "−")
+
+
+def digits(e: Estimate) -> int:
+    """Decimals that its interval justifies, 2 at least."""
+    width = e.high - e.low
+    return min(max(2, math.ceil(-math.log10(width))), 8) if 0 < width < math.inf else 2
+
+
+def value(e: Estimate | None, *, percent: bool = False) -> str:
+    """The value alone, as rounded as its interval allows."""
+    if e is None:
+        return ""
+    return f"{number(100 * e.value, 0)} %" if percent else number(e.value, digits(e))
+
+
+def interval(e: Estimate | None, *, percent: bool = False) -> str:
+    """The 95 % interval in brackets; nothing where there is none.
+
+    Example:
+        >>> interval(Estimate(0.62, 0.55, 0.69, 512), percent=True)
+        '[55 to 69]'
+    """
+    if e is None or math.isnan(e.low) or math.isnan(e.high):
+        return ""
+    low, high = (number(100 * x, 0) if percent else number(x, digits(e)) for x in (e.low, e.high))
+    return f"[{low} to {high}]"
+
+
+def both(e: Estimate | None, *, percent: bool = False) -> str:
+    """Value and interval, with the word "unreliable" where it has to be said."""
+    if e is None:
+        return "unknown"
+    said = [value(e, percent=percent), interval(e, percent=percent), "" if e.reliable else "(unreliable)"]
+    return " ".join(part for part in said if part)
+
+
+def headline(found: Found) -> str:
+    """One sentence: how far the run has come."""
+    beta, _ = chosen_beta(found)
+    of_beta = f" at beta {short(beta)}" if beta else ""
+    if found.measurement:
+        attained = as_estimate(found.measurement.get("attained"))
+        if attained is None:
+            return f"The policy was measured; how far the best policy{of_beta} still is cannot be told."
+        share = both(attained, percent=True)
+        if attained.value <= 0:
+            return f"The policy has come no nearer to the best policy{of_beta}: share attained {share}."
+        return f"The policy went {share} of the way from the reference to the best policy{of_beta}."
+    rewards = [as_estimate((record.get("estimates") or {}).get("reward")) for record in found.steps]
+    rewards = [reward for reward in rewards if reward is not None]
+    if found.steps:
+        steps = f"The policy has trained for {len(found.steps):,} steps"
+        if len(rewards) > 1:
+            steps += f": reward from {both(rewards[0])} to {both(rewards[-1])}"
+        return f"{steps}. It has not been measured yet."
+    best, start = predicted(found), reference_reward(found)
+    if best is not None:
+        doubt = "" if best.reliable or not best.reward.reliable else " (unreliable)"
+        return (
+            f"The best policy{of_beta} would earn {both(best.reward)}{doubt} against the reference's {both(start)}, "
+            f"for {both(best.kl)} nats of KL. Nothing has been trained yet."
+        )
+    if start is not None:
+        return f"The reference earns {both(start)}. Nothing has been trained yet."
+    return "This run has only begun: nothing has been planned, trained or measured yet."
+
+
+def visible(text: object) -> str:
+    """Text as it may stand in a page: control characters as their pictures, lone surrogates replaced.
+
+    Example:
+        >>> visible("a" + chr(0) + "b")
+        'a␀b'
+    """
+    whole = str(text).encode("utf-8", "replace").decode()
+    return "".join(_picture(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in whole)
+
+
+def _picture(control: str) -> str:
+    code = ord(control)
+    return chr(0x2400 + code) if code < 0x20 else ("␡" if code == 0x7F else "�")

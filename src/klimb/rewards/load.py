@@ -1,0 +1,465 @@
+"""Rewards: found by name, called under TRL's contract, checked before anything believes them.
+
+The contract: `reward(prompts, completions, **columns) -> list[float | None]`, plain or async, one number a
+completion. For a text prompt the completion is a string, for chat messages it is a list of one assistant
+message; every other column of the data is a list as long. None means "does not apply here", -inf "forbidden";
+NaN and +inf are errors.
+
+Reward code is code that you run: it is imported as any other module, with all your rights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import reprlib
+import sys
+import traceback
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klimb.data import Draws, Prompt, Reward
+
+LARGEST = torch.finfo(torch.float32).max
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = 240  # a prompt or completion in an error: both its ends
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Several named rewards as one: total = sum of weight x reward over those that apply to the row.
+
+    Attributes:
+        rewards: name -> reward.
+        weights: name -> weight, any finite number; with 0 a reward is reported and not counted.
+    """
+
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: object
+    ) -> list[float]:
+        """The total, one a completion."""
+        return _total(self, _parts(self, prompts, completions, columns), prompts, completions)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What `score` found.
+
+    Attributes:
+        total: [P, G] float32, what is optimised; -inf is a forbidden completion.
+        parts: name -> [P, G] float32, each reward by itself, before its weight; NaN where it gave None.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+
+def load_reward(spec: str) -> Reward:
+    """The reward that a text names.
+
+    "file.py:function" imports the file, "package.module:function" the module, also one here; anything
+    without a colon is a sequence-classification model, by folder or hub id (see `klimb.rewards.model`).
+
+    Raises:
+        ValueError: the file, module or function is not there, importing it failed, or it cannot be called.
+
+    Example:
+        >>> load_reward("math:hypot").__name__
+        'hypot'
+        >>> load_reward("math:hypott")
+        Traceback (most recent call last):
+        ...
+        ValueError: math:hypott: module math has no 'hypott' (did you mean 'hypot'?)
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon:
+        if spec.endswith(".py"):
+            raise ValueError(f"{spec}: got a file, expected a function in it: {spec}:function")
+        from klimb.rewards.model import model_reward  # transformers is loaded only for a model
+
+        return model_reward(spec)
+    if not place or not name:
+        raise ValueError(f"{spec!r}: expected file.py:function, package.module:function, or a model")
+    found: Any = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
+    kind = "file" if place.endswith(".py") else "module"
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{spec}: {kind} {place} has no {name!r}{_nearest(part, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{spec}: got {type(found).__name__} {SHOWN.repr(found)}, expected a function")
+    return found
+
+
+def weighted_sum(rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> WeightedSum:
+    """Several rewards as one, each with its weight (1 where none are given).
+
+    Example:
+        >>> def tone(completions): return [1.0, None]
+        >>> def length(completions): return [2.0, 5.0]
+        >>> both = weighted_sum([tone, length], [10.0, 1.0])
+        >>> list(both.rewards)
+        ['tone', 'length']
+        >>> both(prompts=["a", "b"], completions=["x", "y"])
+        [12.0, 5.0]
+
+    Raises:
+        ValueError: no rewards, another number of weights, a weight that is not finite, or all of them zero.
+    """
+    weights = [1.0] * len(rewards) if weights is None else [float(w) for w in weights]
+    if not rewards or len(weights) != len(rewards):
+        raise ValueError(
+            f"got {len(rewards)} rewards and {len(weights)} weights, expected as many of each, at least one"
+        )
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(f"got reward weights {weights}, expected finite numbers that are not all zero")
+    names: list[str] = []
+    for reward in rewards:
+        name = reward_name(reward)
+        taken = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
+        names.append(next(n for n in taken if n not in names))
+    return WeightedSum(dict(zip(names, rewards, strict=True)), dict(zip(names, weights, strict=True)))
+
+
+def score(reward: Reward, draws: Draws) -> Rewards:
+    """Every completion's reward, from one call on the whole batch.
+
+    Args:
+        reward: a function under the contract above, or what `weighted_sum` made.
+        draws: P x G completions with their texts. The reward is called with prompts, completions,
+            completion_ids and the columns of the examples, each a list of P * G; a function without **kwargs
+            gets those that it names.
+
+    Returns:
+        The total [P, G] and each part [P, G], float32, in the reward's own units.
+
+    Raises:
+        ValueError: the reward failed, or did not return a number a completion; shown with what it was given.
+
+    Example:
+        >>> from klimb.data import Draws, Example
+        >>> draws = Draws([Example("Say hi.")], [[torch.tensor([5]), torch.tensor([6, 7])]],
+        ...     finished=torch.ones(1, 2, dtype=bool), texts=[["hi", "hello"]])
+        >>> def brevity(completions, **columns):
+        ...     return [-len(text) for text in completions]
+        >>> score(brevity, draws).total
+        tensor([[-2., -5.]])
+
+    Not the same as TRL, which also passes trainer_state, log_extra and log_metric.
+    """
+    if draws.texts is None:
+        raise ValueError(
+            "score: got draws without texts, expected decoded ones; decode the completions first"
+        )
+    shape = (draws.num_prompts, draws.num_draws)
+    prompts = [example.prompt for example in draws.examples for _ in range(shape[1])]
+    completions = [
+        text if isinstance(example.prompt, str) else [{"role": "assistant", "content": text}]
+        for example, group in zip(draws.examples, draws.texts, strict=True)
+        for text in group
+    ]
+    names = dict.fromkeys(name for example in draws.examples for name in example.columns)
+    reserved = {"prompts", "completions", "completion_ids"}.intersection(names)
+    if reserved:
+        raise ValueError(
+            f"the data has a column {min(reserved)!r}, a name kept for what is drawn; rename the column"
+        )
+    columns = {
+        name: [example.columns.get(name) for example in draws.examples for _ in range(shape[1])]
+        for name in names
+    }
+    columns["completion_ids"] = [ids.tolist() for group in draws.completions for ids in group]
+    whole = reward if isinstance(reward, WeightedSum) else weighted_sum([reward])
+    parts = _parts(whole, prompts, completions, columns)
+    total = _total(whole, parts, prompts, completions)
+    return Rewards(
+        torch.tensor(total, dtype=torch.float32).reshape(shape),
+        {
+            name: torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float32).reshape(
+                shape
+            )
+            for name, values in parts.items()
+        },
+    )
+
+
+def check_informative(reward: Tensor) -> None:
+    """Refuse a pool of rewards [P, G] that cannot teach: all the same, or the same within every prompt.
+
+    Example:
+        >>> check_informative(torch.zeros(2, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: nothing can be learned: every one of 6 rewards is 0; change reward or prompts or draw more
+    """
+    advice = "change reward or prompts or draw more"
+    if bool((reward == reward.flatten()[0]).all()):
+        raise ValueError(
+            f"nothing can be learned: every one of {reward.numel()} rewards is "
+            f"{float(reward.flatten()[0]):g}; {advice}"
+        )
+    if reward.shape[1] > 1 and bool((reward == reward[:, :1]).all()):
+        raise ValueError(
+            f"nothing can be learned: for each of the {reward.shape[0]} prompts "
+            f"all {reward.shape[1]} draws have the same reward; {advice}"
+        )
+
+
+def reward_name(reward: Reward) -> str:
+    """A short name for tables and columns: the function's own, letters, digits and underscores only."""
+    plain = reward.func if isinstance(reward, functools.partial) else reward
+    name = getattr(plain, "__name__", None) or getattr(plain, "name", None) or type(plain).__name__
+    return "".join(c if c.isalnum() else "_" for c in name).strip("_") or "reward"
+
+
+def source_hash(reward: Reward) -> str:
+    """The sha256 that names a reward's code: of its whole source file and its name in it.
+
+    A sum's is of its parts and weights, a model's of its weights (`source_hash` of the object itself).
+    Modules that the file imports, and values that a function closes over, are not seen.
+
+    Example:
+        >>> import math
+        >>> source_hash(weighted_sum([json.dumps], [1.0])) == source_hash(weighted_sum([json.dumps], [2.0]))
+        False
+    """
+    if isinstance(reward, WeightedSum):
+        known = [(name, reward.weights[name], source_hash(part)) for name, part in reward.rewards.items()]
+        return _sha256(json.dumps(known))
+    own = getattr(reward, "source_hash", None)
+    if own is not None:
+        return own
+    if isinstance(reward, functools.partial):
+        return _sha256(source_hash(reward.func) + repr((reward.args, sorted(reward.keywords.items()))))
+    plain = inspect.unwrap(reward)
+    if not inspect.isroutine(plain):
+        plain = type(plain)  # an object that can be called is as its class
+    name = f"{plain.__module__ if inspect.isbuiltin(plain) else ''}:{plain.__qualname__}"
+    file = None if inspect.isbuiltin(plain) else inspect.getsourcefile(plain)
+    if file is not None and Path(file).is_file():
+        return _sha256(Path(file).read_text(encoding="utf-8") + name)
+    code = getattr(plain, "__code__", None)  # typed at a prompt: no file, so its instructions name it
+    return _sha256(name + ("" if code is None else _instructions(code)))
+
+
+def _instructions(code: CodeType) -> str:
+    # Functions inside it by their instructions too: printed they show an address, another one every time.
+    constants = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Finding.
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        folder = path.parent
+        near = (
+            _nearest(path.name, [p.name for p in folder.iterdir()])
+            if folder.is_dir()
+            else f": no folder {folder}"
+        )
+        raise ValueError(f"{path}: no such file{near}")
+    # A name that cannot hide an installed module; registered, because dataclasses look their module up.
+    name = f"klimb_reward_{_sha256(str(path.resolve()))[:12]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _searching(path.resolve().parent):
+            spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"{path}: importing it failed: {_raised(error, str(path))}") from error
+    return module
+
+
+def _module_by_name(name: str) -> ModuleType:
+    try:
+        with _searching(Path.cwd()):
+            return importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(f"{name}: importing this module failed: {_raised(error, None)}") from error
+
+
+@contextlib.contextmanager
+def _searching(folder: Path) -> Generator[None]:
+    """Find modules in `folder` too, after all other places, as `python file.py` would."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+# Calling and checking. Rows are flat here: one a completion.
+
+
+def _parts(
+    whole: WeightedSum,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Any],
+    columns: Mapping[str, object],
+) -> dict[str, list[float | None]]:
+    return {
+        name: _checked(name, _called(name, reward, prompts, completions, columns), prompts, completions)
+        for name, reward in whole.rewards.items()
+    }
+
+
+def _called(
+    name: str,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Any],
+    columns: Mapping[str, object],
+) -> object:
+    arguments = _accepted(name, reward, {"prompts": prompts, "completions": completions, **columns})
+    try:
+        result = reward(**arguments)
+        return _awaited(result) if inspect.isawaitable(result) else result
+    except Exception as error:
+        file = getattr(getattr(inspect.unwrap(reward), "__code__", None), "co_filename", None)
+        raise ValueError(
+            f"reward {name} failed: {_raised(error, file)}; "
+            f"the first of the {len(prompts)} rows it was given:"
+            f"{_context(prompts[0], completions[0]) if prompts else ' none'}"
+        ) from error
+
+
+def _accepted(name: str, reward: Reward, arguments: Mapping[str, object]) -> Mapping[str, object]:
+    try:
+        wanted = inspect.signature(reward).parameters.values()
+    except ValueError:  # some builtins have no signature; the call itself decides
+        return arguments
+    if any(p.kind is p.VAR_KEYWORD for p in wanted):
+        named = [p for p in wanted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        chosen = arguments
+    else:
+        named = [p for p in wanted if p.kind is not p.VAR_POSITIONAL]
+        chosen = {p.name: arguments[p.name] for p in named if p.name in arguments}
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+    if missing:
+        raise ValueError(
+            f"reward {name} asks for {missing[0]!r}{_nearest(missing[0], list(arguments))}, "
+            f"which is no column of the data; there are {', '.join(arguments)}"
+        )
+    return chosen
+
+
+def _awaited(result: Any) -> Any:
+    async def wait() -> Any:
+        return await result
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # the usual case: no loop runs here
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(1) as pool:  # a notebook runs one already, and loops do not nest
+        return pool.submit(asyncio.run, wait()).result()
+
+
+def _checked(
+    name: str, result: Any, prompts: Sequence[Prompt], completions: Sequence[Any]
+) -> list[float | None]:
+    values = result.tolist() if hasattr(result, "tolist") else result  # tensors and arrays
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ValueError(
+            f"reward {name}: got {SHOWN.repr(result)} ({type(result).__name__}), "
+            f"expected a list of {len(prompts)} numbers, one a completion"
+        )
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"reward {name}: got {len(values)} values, expected {len(prompts)}, one a completion"
+        )
+    return [
+        None if value is None else _number(name, value, prompt, completion)
+        for value, prompt, completion in zip(values, prompts, completions, strict=True)
+    ]
+
+
+def _number(name: str, value: Any, prompt: Prompt, completion: Any) -> float:
+    plain = (
+        value.tolist() if hasattr(value, "tolist") else value
+    )  # numpy's scalars, and tensors of one number
+    if plain is not value and isinstance(plain, list) and len(plain) == 1:
+        plain = plain[0]
+    expected = None
+    if not isinstance(plain, int | float):  # True and False count as 1 and 0
+        expected = "a number, or None where the reward does not apply"
+    elif plain != plain or plain == math.inf:
+        expected = (
+            "a finite number (or -inf for a forbidden completion, None where the reward does not apply)"
+        )
+    elif abs(plain) > LARGEST and plain != -math.inf:
+        expected = f"a number that float32 can hold, at most {LARGEST:.2g}"
+    if expected is not None:
+        raise ValueError(
+            f"reward {name}: got {SHOWN.repr(plain)}, expected {expected}, for{_context(prompt, completion)}"
+        )
+    return float(plain)
+
+
+def _total(
+    whole: WeightedSum,
+    parts: Mapping[str, Sequence[float | None]],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Any],
+) -> list[float]:
+    counted = [name for name in parts if whole.weights[name] != 0]
+    totals = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        values = [(whole.weights[name], parts[name][row]) for name in counted]
+        terms = [weight * value for weight, value in values if value is not None]
+        if not terms:
+            raise ValueError(
+                f"reward {', '.join(counted)}: got None from all, expected a number from one at least, "
+                f"for{_context(prompt, completion)}"
+            )
+        # A forbidden completion is forbidden whatever else is said; only a negative weight turns it round.
+        totals.append(_number(f"{' + '.join(counted)}, weighted", sum(terms), prompt, completion))
+    return totals
+
+
+def _context(prompt: Prompt, completion: Any) -> str:
+    said = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    return f"\n  prompt: {SHOWN.repr(said)}\n  completion: {SHOWN.repr(text)}"
+
+
+def _raised(error: BaseException, file: str | None) -> str:
+    """What was raised and where: the last line of the user's own file, or the last line of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == file] or [f for f in frames if "importlib" not in f.filename]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{where}"

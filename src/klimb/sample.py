@@ -1,0 +1,48 @@
+"""Sample: draws from a policy, or from the target without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from klimb.data import Example, Pool, Sampler
+from klimb.models.policy import CausalPolicy
+from klimb.plan import Progress, silent
+from klimb.rewards.load import score
+from klimb.target import Tilt
+
+
+def sample(
+    examples: Sequence[Example],
+    policy: CausalPolicy,
+    sampler: Sampler,
+    *,
+    num_draws: int,
+    generator: torch.Generator,
+    target: Tilt,
+    progress: Progress = silent,
+    at_once: int = 4,
+) -> Iterator[Pool]:
+    """Draw, score, and hand out a few prompts at a time.
+
+    Args:
+        examples: P prompts.
+        policy: whom the sampler draws from (`target.reference` for best-of-n and rejection of the target).
+        sampler: ancestral, best_of, rejection, ... with their options bound.
+        num_draws: completions a prompt.
+        generator: the only source of randomness.
+        target: its reward scores the draws, its reference says how likely they were without training.
+        progress: told how far it is.
+        at_once: prompts in one record.
+
+    Yields:
+        Pools of at most `at_once` prompts.
+    """
+    for start in range(0, len(examples), at_once):
+        draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)
+        rewards = score(target.reward, draws)
+        with torch.no_grad():
+            tokens = target.reference.log_prob(draws)
+        progress("sample", min(start + at_once, len(examples)) * num_draws, len(examples) * num_draws)
+        yield Pool(draws, rewards.total, draws.sequence_sums(tokens), rewards.parts, token_log_ref=tokens)

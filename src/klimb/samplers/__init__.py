@@ -1,0 +1,1 @@
+"""How to draw completions; every sampler states the law it drew from."""

@@ -1,0 +1,103 @@
+"""Exact draws from the target, where the reward has a known upper bound.
+
+Draw from the reference, keep with probability exp((r - bound) / beta). What is kept has exactly the law
+p = ref exp(r / beta) / Z; a draw is kept with probability Z exp(-bound / beta), so the mean number of tries is its
+inverse. Nothing is trained, nothing is approximate; a bound that the reward exceeds is an error, not a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from klimb.data import Draws, Example, Sampler, join, pick, select, stack
+from klimb.models.policy import CausalPolicy
+from klimb.rewards.load import score
+from klimb.target import Tilt
+
+
+def rejection(
+    policy: CausalPolicy,
+    examples: Sequence[Example],
+    num_draws: int,
+    *,
+    generator: torch.Generator,
+    sampler: Sampler,
+    target: Tilt,
+    bound: float,
+    max_tries: int = 1024,
+    batch: int = 32,
+) -> Draws:
+    """`num_draws` independent completions of each example, exactly from the target.
+
+    Args:
+        policy: must be the target's reference; it is named so that all samplers are called alike.
+        examples: P prompts.
+        num_draws: G.
+        generator: the only source of randomness.
+        sampler: draws from the reference itself (temperature 1, no top-p).
+        target: what to draw from.
+        bound: an upper bound of the reward; the smaller the faster, but never below a reward.
+        max_tries: reference draws a prompt before it gives up.
+        batch: reference draws a prompt at a time.
+
+    Returns:
+        Draws with full support and without log_q: log p is known only up to log Z(x).
+
+    Raises:
+        ValueError: a reward above the bound; a sampler without full support; too few kept after max_tries (the message says what was seen).
+
+    """
+    if policy is not target.reference:
+        raise ValueError(
+            "rejection: draws must come from the target's reference; pass target.reference as the policy"
+        )
+    return stack(
+        [
+            _one(example, num_draws, generator, sampler, target, bound, max_tries, batch)
+            for example in examples
+        ]
+    )
+
+
+def _one(
+    example: Example,
+    num_draws: int,
+    generator: torch.Generator,
+    sampler: Sampler,
+    target: Tilt,
+    bound: float,
+    max_tries: int,
+    batch: int,
+) -> Draws:
+    kept, tries, found = [], 0, 0
+    while found < num_draws:
+        if tries >= max_tries:
+            rate = found / tries
+            raise ValueError(
+                f"rejection: {found} of {tries} reference draws were kept for the prompt "
+                f"{str(example.prompt)[:60]!r}, expected {num_draws}; acceptance is about {rate:.2g}. Raise beta "
+                f"(now {target.beta:g}), give a tighter bound than {bound:g}, or allow more tries"
+            )
+        draws = sampler(target.reference, [example], batch, generator=generator)
+        if draws.full_support is False:
+            raise ValueError(
+                "rejection: got a sampler that cannot draw everything (top-p, filtered); expected one that draws from "
+                "the reference itself, because what is never drawn is never kept"
+            )
+        tries += batch
+        reward = score(target.reward, draws).total[0]
+        if bool((reward > bound).any()):
+            raise ValueError(
+                f"rejection: the bound {bound:g} is not one: a completion has reward {reward.max().item():g}; "
+                "with a bound that is exceeded the draws would not come from the target"
+            )
+        accepted = torch.rand(batch, generator=generator) < ((reward - bound) / target.beta).exp()
+        index = accepted.nonzero()[:, 0]
+        found += len(index)
+        if len(index):
+            kept.append(pick(draws, index[None]))
+    whole = select(join(kept), [0])
+    return replace(pick(whole, torch.arange(num_draws)[None]), log_q=None, full_support=True)
