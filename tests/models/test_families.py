@@ -8,11 +8,12 @@ import json
 
 import pytest
 import torch
-from klimb.models.families import full, lora, save_policy
-from klimb.models.policy import CausalPolicy, adapters
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from klimb.models.families import full, lora, save_policy
+from klimb.models.policy import CausalPolicy, adapters
 
 PEFT_NOISE = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from klimb.data import pick, select
 from klimb.models.families import lora
 from klimb.models.policy import CausalPolicy

@@ -82,7 +82,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     try:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same weights
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

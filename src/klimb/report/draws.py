@@ -19,11 +19,11 @@ from klimb.report.words import visible
 from klimb.store import StoredDraws, read_draws
 
 MAX_ROWS = 2000
-MAX_BYTES = 1_400_000
+MAX_BYTES = 1_200_000
 """of the rows as they stand in the page; the page has 3 MB, a third of it is what draws the charts"""
 EXTREMES = 10
 """so many best and so many worst of each are shown before anybody asks for more"""
-MARKUP_BYTES = 250
+MARKUP_BYTES = 300
 """what a row costs beside its text"""
 
 

@@ -76,8 +76,8 @@ def frontier_chart(found: Found) -> Spec | None:
             last = max((row for row in curve if not row["trusted"]), key=lambda row: row["kl"])
             layers.append(
                 _chart(alt, [last])
-                .mark_text(align="right", baseline="bottom", dy=-10, fontStyle="italic", fill="var(--muted)")
-                .encode(x=x, y="high:Q", text=alt.value("not trusted: too few draws"))
+                .mark_text(align="right", baseline="top", dy=12, fontStyle="italic", fill="var(--muted)")
+                .encode(x=x, y="low:Q", text=alt.value("not trusted: too few draws"))
             )
     if marks:
         kinds = list(dict.fromkeys(mark["what"] for mark in marks))
@@ -320,6 +320,7 @@ def time_chart(found: Found) -> Spec | None:
                 axis=alt.Axis(
                     labelExpr=f"format(datum.value * {size} + {first}, ',d')",
                     labelOverlap="greedy",
+                    labelSeparation=12,
                     labelAngle=0,
                     ticks=False,
                 ),

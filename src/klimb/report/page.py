@@ -193,7 +193,8 @@ def _bundle() -> str:
             "the report draws its charts with vl-convert, which is not installed: pip install 'klimb[report]'"
         ) from error
     bundle: str = vl_convert.javascript_bundle()
-    assert "</script" not in bundle.lower() and "<!--" not in bundle
+    assert "</script" not in bundle.lower()
+    assert "<!--" not in bundle
     return bundle
 
 

@@ -1,0 +1,229 @@
+"""One training step against TRL's RLOOTrainer on the same work: 8 prompts x 8 generations x 32 new tokens.
+
+    python benchmarks/step_vs_trl.py                  # needs: pip install trl==1.16.0
+    python benchmarks/step_vs_trl.py --rounds 3 --steps 3
+
+Both run SmolLM2-135M with LoRA r=16 on all linear layers, in the dtype that this processor multiplies fastest, with
+the sequence KL in the reward, gradient checkpointing off and no completion ended early, each in a process of its own,
+in turn, several rounds. Where the dtype is bfloat16, TRL runs twice: as it comes (adapters in float32), and with peft's
+autocast_adapter_dtype=False, which is the fairer peer. The first step of each process is not counted. Times differ
+between machines and hours; the ratio within one run is the result.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+PROMPTS, GENERATIONS, TOKENS = 8, 8, 32
+SUBJECTS = [
+    "a bakery",
+    "a night train",
+    "a jazz concert",
+    "a hotel",
+    "a cookbook",
+    "a park",
+    "a horror film",
+    "a shoe",
+]
+
+
+def prompts():
+    return [
+        [
+            {"role": "system", "content": "You write short reviews."},
+            {"role": "user", "content": f"Write a one-sentence review of {subject}."},
+        ]
+        for subject in SUBJECTS
+    ]
+
+
+def reward(prompts, completions, **columns):
+    """Costs nothing and differs from draw to draw."""
+    return [float(sum(map(ord, c[0]["content"])) % 17) for c in completions]
+
+
+def klimb_worker(steps):
+    import torch
+
+    from klimb.data import Example
+    from klimb.models.families import lora
+    from klimb.models.hub import load_model
+    from klimb.models.policy import CausalPolicy
+    from klimb.objectives import reverse_kl
+    from klimb.samplers.ancestral import ancestral
+    from klimb.target import tilt
+    from klimb.train import train
+
+    model, tokenizer = load_model("smollm2-135m")
+    policy, reference = lora(model, tokenizer, r=16, alpha=32)
+    never = (model.config.vocab_size,)  # no completion ends early
+    policy = CausalPolicy(model, tokenizer, policy.activate, policy.trainable, end=never)
+
+    def sampler(policy, examples, num_draws, *, generator):
+        return ancestral(policy, examples, num_draws, generator=generator, max_completion_length=TOKENS)
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
+    records = []
+    for step in train(
+        [Example(p) for p in prompts()],
+        policy,
+        tilt(reference, reward, 0.05),
+        sampler,
+        reverse_kl,
+        optimizer,
+        max_steps=steps + 1,
+        prompts_per_step=PROMPTS,
+        num_draws=GENERATIONS,
+        generator=torch.Generator().manual_seed(0),
+        keep_fresh=False,
+    ):
+        assert step.numbers["tokens"] == PROMPTS * GENERATIONS * TOKENS
+        s = step.seconds
+        records.append(
+            {"sampling": s["draw"], "scoring": s["score"], "training": s["update"], "step": sum(s.values())}
+        )
+    return {"dtype": str(model.dtype), "records": records[1:]}
+
+
+def trl_worker(steps, autocast):
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from trl import RLOOConfig, RLOOTrainer
+
+    from klimb.models.hub import load_model
+
+    model, tokenizer = load_model("smollm2-135m")
+    dtype = model.dtype
+    lora = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, lora, autocast_adapter_dtype=autocast)
+    clock = {"sampling": 0.0, "scoring": 0.0}
+
+    class Timed(RLOOTrainer):
+        def _generate_single_turn(self, *args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return super()._generate_single_turn(*args, **kwargs)
+            finally:
+                clock["sampling"] += time.perf_counter() - start
+
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            finally:
+                if not torch.is_grad_enabled():
+                    clock["scoring"] += time.perf_counter() - start
+
+        def training_step(self, *args, **kwargs):
+            start, before = time.perf_counter(), dict(clock)
+            result = super().training_step(*args, **kwargs)
+            spent = {name: clock[name] - before[name] for name in clock}
+            total = time.perf_counter() - start
+            records.append(spent | {"training": total - sum(spent.values()), "step": total})
+            return result
+
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = RLOOConfig(
+            folder,
+            per_device_train_batch_size=PROMPTS * GENERATIONS,
+            num_generations=GENERATIONS,
+            max_completion_length=TOKENS,
+            generation_kwargs={"min_new_tokens": TOKENS},
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            beta=0.05,
+            learning_rate=1e-5,
+            max_steps=steps + 1,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1000,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Timed(
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": p} for p in prompts()]),
+            processing_class=tokenizer,
+        ).train()
+    return {"dtype": str(dtype), "records": records[1:]}
+
+
+def run(name, steps):
+    """One worker in a process of its own; its records, and its peak memory in GB."""
+    command = [sys.executable, __file__, "--worker", name, "--steps", str(steps)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=2, help="counted steps in a process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each")
+    parser.add_argument("--worker", choices=["klimb", "trl", "trl-adapters-as-model"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        found = (
+            klimb_worker(options.steps)
+            if options.worker == "klimb"
+            else trl_worker(options.steps, autocast=options.worker == "trl")
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print("\n" + json.dumps(found | {"peak_gb": peak}))
+        return
+    names, results = ["klimb", "trl"], {}
+    for _ in range(options.rounds):
+        for name in names:
+            results.setdefault(name, []).append(run(name, options.steps))
+            if name == "trl" and "bfloat16" in results["trl"][0]["dtype"] and len(names) == 2:
+                names.append("trl-adapters-as-model")  # in float32 both are the same
+    import torch
+    import transformers
+    import trl
+
+    cores = os.cpu_count()
+    print(
+        f"\n{platform.processor() or platform.machine()}, {cores} cores, {results['klimb'][0]['dtype']}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
+    )
+    print(
+        f"{PROMPTS} prompts x {GENERATIONS} generations x {TOKENS} tokens, median [min, max] of "
+        f"{options.rounds} x {options.steps} steps, seconds\n"
+    )
+    print("| | step | sampling | scoring | training | peak memory |\n|---|---|---|---|---|---|")
+    for name, rounds in results.items():
+        records = [record for found in rounds for record in found["records"]]
+        cells = []
+        for part in ("step", "sampling", "scoring", "training"):
+            values = [record[part] for record in records]
+            cells.append(f"{statistics.median(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
+        print(f"| {name} | {' | '.join(cells)} | {statistics.median(f['peak_gb'] for f in rounds):.1f} GB |")
+    ours = statistics.median(r["step"] for f in results["klimb"] for r in f["records"])
+    memory = statistics.median(f["peak_gb"] for f in results["klimb"])
+    for name in names[1:]:
+        theirs = statistics.median(r["step"] for f in results[name] for r in f["records"])
+        more = statistics.median(f["peak_gb"] for f in results[name])
+        print(f"\n{name} takes {theirs / ours:.2f} times as long and {more / memory:.2f} times the memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods.
+
+Nothing heavy is imported before a command needs it, so that `klimb --help` is there at once. Exit status: 0 done,
+2 the user can mend it (one message on stderr, no traceback unless KLIMB_DEBUG=1), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from klimb.config import Config
+
+HINT = (
+    "Any field of the configuration is an option: --learning_rate 1e-3 --family.r 8; klimb schema lists them."
+)
+
+app = typer.Typer(
+    help="klimb moves a language model up a reward inside a budget of KL: plan, train, measure, sample. "
+    + HINT,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; options go over it.")]
+Resume = Annotated[Path | None, typer.Option(help="Go on with this run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, nothing else there.")]
+Policy = Annotated[Path | None, typer.Option(help="Folder of a trained policy; left out: RUN/policy.")]
+
+
+@app.command("plan", context_settings=FREE, epilog=HINT)
+def plan_(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Predict the best policy for every beta, from draws of the reference."""
+    _verb("run_plan", ctx.args, config, resume, dry_run, quiet, json_)
+
+
+@app.command("train", context_settings=FREE, epilog=HINT)
+def train_(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Train a policy towards the target (--plan RUN takes an earlier plan's pool)."""
+    _verb("run_train", ctx.args, config, resume, dry_run, quiet, json_)
+
+
+@app.command("climb", context_settings=FREE, epilog=HINT)
+def climb_(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Plan, train, measure and report in one go."""
+    _verb("climb", ctx.args, config, resume, dry_run, quiet, json_)
+
+
+@app.command("measure", context_settings=FREE, epilog=HINT)
+def measure_(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    policy: Policy = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Certify how far a policy is from the best: klimb measure RUN, or -c FILE --policy FOLDER."""
+    path, settings = _run_or_config(ctx.args, config)
+    if dry_run:
+        return _print_config(settings)
+    if path is None and policy is None:
+        raise ValueError("measure: give the directory of a run, or -c FILE with --policy FOLDER")
+    from klimb import screen
+
+    folder = policy if policy is not None or path is None else path / "policy"
+    _quieten()
+    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
+        from klimb.run import report, run_measure
+
+        record = run_measure(settings, policy_folder=str(folder), output_dir=path, watch=watch)
+        if path is not None:
+            report(path)
+    _result(record, json_, lambda: screen.measurement(record))
+
+
+@app.command("sample", context_settings=FREE, epilog=HINT)
+def sample_(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    policy: Policy = None,
+    method: Annotated[str, typer.Option(help="ancestral, best_of or rejection.")] = "ancestral",
+    num_draws: Annotated[int, typer.Option("--num-draws", min=1, help="Completions a prompt.")] = 4,
+    n: Annotated[int, typer.Option("--n", min=1, help="Candidates of best_of.")] = 4,
+    bound: Annotated[float | None, typer.Option(help="Upper bound of the reward, for rejection.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Completions to print.")] = 5,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Draw completions of the held-out prompts without training: klimb sample RUN, or -c FILE."""
+    path, settings = _run_or_config(ctx.args, config)
+    folder = policy
+    if folder is None and path is not None and (path / "policy").is_dir():
+        folder = path / "policy"
+    output = Path(settings.output_dir) if path is None else path
+    from klimb import screen
+
+    _quieten()
+    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
+        from klimb.run import run_sample, write_samples
+
+        pools = run_sample(
+            settings,
+            method=method,
+            num_draws=num_draws,
+            n=n,
+            bound=bound,
+            limit=limit,
+            policy_folder=folder,
+            watch=watch,
+        )
+        record = write_samples(output, pools)
+    _result(record, json_, lambda: screen.samples(record, show))
+
+
+@app.command("report")
+def report_(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+    """Write RUN/report.html from what the run has left."""
+    from klimb.run import report
+
+    written = report(run)
+    if written is None:
+        raise ValueError("report: altair is not installed; pip install 'klimb[report]'")
+    print(written)
+
+
+@app.command("schema")
+def schema_() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from klimb.config import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+@app.command("env")
+def env_() -> None:
+    """Print what klimb runs on: versions, machine, git revision."""
+    from klimb.store import environment
+
+    print(json.dumps(environment(), indent=2))
+
+
+@app.command("methods")
+def methods_() -> None:
+    """Print the table of methods: what each knows, claims, and where the claim ends."""
+    from klimb import screen
+
+    screen.methods(_console(False))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point; ends in SystemExit."""
+    # nothing is printed half-way: a message that the user can act on, or a traceback of ours
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="klimb")
+    except ValueError as error:
+        if os.environ.get("KLIMB_DEBUG") == "1":
+            raise
+        print(f"klimb: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("klimb: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _verb(
+    name: str,
+    arguments: Sequence[str],
+    config: Path | None,
+    resume: Path | None,
+    dry_run: bool,
+    quiet: bool,
+    json_: bool,
+) -> None:
+    settings = _settings(arguments, config, resume)
+    if dry_run:
+        return _print_config(settings)
+    from klimb import screen
+
+    stopped: str | None = None
+    _quieten()
+    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
+        from klimb import run
+
+        try:
+            outcome = getattr(run, name)(settings, resume=resume is not None, watch=watch)
+        except KeyboardInterrupt:
+            stopped = settings.output_dir
+    if stopped is None and outcome.interrupted:
+        stopped = str(outcome.path)
+    if stopped is not None:
+        command = {"run_plan": "plan", "run_train": "train"}.get(name, name)
+        began = (Path(stopped) / "config.yaml").is_file()
+        print(
+            f"klimb: stopped; go on with: klimb {command} --resume {stopped}" if began else "klimb: stopped",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130)
+    record = {
+        "run": str(outcome.path),
+        "beta": outcome.beta,
+        "step": outcome.step,
+        "plan": outcome.plan,
+        "measure": outcome.measurement,
+        "report": None if outcome.report is None else str(outcome.report),
+    }
+    _result(record, json_, lambda: screen.outcome(record))
+
+
+def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None) -> Config:
+    from klimb.config import load
+
+    if resume is None:
+        return load(config, arguments)
+    if config is not None or arguments:
+        raise ValueError(
+            f"--resume {resume} goes on with the run's own configuration; leave the other options out"
+        )
+    return _of_run(resume, ())
+
+
+def _of_run(run: Path, arguments: Sequence[str]) -> Config:
+    from klimb.config import load
+
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: holds no run; expected the output_dir of a run that was started")
+    return load(run / "config.yaml", [*arguments, "--output_dir", str(run)])
+
+
+def _run_or_config(arguments: Sequence[str], config: Path | None) -> tuple[Path | None, Config]:
+    """The directory of a run if the first argument is one, and the configuration of it or of a file."""
+    from klimb.config import load
+
+    # no typer argument: with options of any name let through, it would take an option's name for itself
+    run = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    if run is not None and config is not None:
+        raise ValueError(f"got the run {run} and -c {config}, expected one of them")
+    return (None, load(config, arguments)) if run is None else (run, _of_run(run, arguments[1:]))
+
+
+def _print_config(settings: Config) -> None:
+    import yaml
+
+    print(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), end="")
+
+
+def _result(record: dict[str, Any], json_: bool, panel: Any) -> None:
+    if json_:
+        from klimb.store import as_json
+
+        print(as_json(record))
+    else:
+        _console(False).print(panel())
+
+
+def _console(json_: bool) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=json_, highlight=False)
+
+
+def _quieten() -> None:
+    """Keep the bars and notes of other libraries off the screen; ours says what is going on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for developers, not for whoever runs this

@@ -1,0 +1,900 @@
+"""A run from a configuration: what it names is loaded, the verbs are called, and what they yield is written down.
+
+This is the edge: it reads and writes files through `klimb.store` and prints nothing; whoever watches passes `Watch`.
+
+Every verb draws from a generator of its own, seeded by (seed, what it is for), so no verb disturbs another, and a run
+that was killed and resumed sees the numbers that one never killed sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from klimb import store
+from klimb.config import Config, Lora
+from klimb.data import Example, Pool, Reward, Sampler, stack_pools
+from klimb.dataset import load_examples
+from klimb.measure import Measurement, measure
+from klimb.models.families import full, lora, save_policy
+from klimb.models.hub import DTYPES, load_model
+from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
+from klimb.models.policy import CausalPolicy, adapters
+from klimb.numbers.estimate import Estimate, mean_estimate
+from klimb.numbers.frontier import FrontierPoint
+from klimb.numbers.tilt import draws_needed
+from klimb.objectives.forward_kl import forward_kl
+from klimb.objectives.log_variance import log_variance
+from klimb.objectives.reverse_kl import reverse_kl
+from klimb.plan import Plan, Progress, draw_pool, plan, silent
+from klimb.rewards.load import load_reward, source_hash, weighted_sum
+from klimb.sample import sample
+from klimb.samplers.ancestral import ancestral
+from klimb.samplers.best_of import best_of
+from klimb.samplers.rejection import rejection
+from klimb.samplers.replay import Kept, Replay
+from klimb.target import Tilt, tilt
+from klimb.train import Step, TrainState, train
+
+OBJECTIVES = {"log_variance": log_variance, "reverse_kl": reverse_kl, "forward_kl": forward_kl}
+VERBS = ("plan", "train", "measure")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on.
+
+    Attributes:
+        progress: called with what is being done, how much of it is done, and how much there is.
+        event: called with "plan", "train", "step", "checkpoint", "trained", "measure" or "warning", and its record or
+            text.
+        stop: asked after every step; True saves a checkpoint and ends the training there.
+    """
+
+    progress: Progress = silent
+    event: Callable[[str, Any], None] = lambda kind, record: None
+    stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a configuration names, loaded.
+
+    Attributes:
+        config: the configuration.
+        policy: what moves.
+        reference: what is tilted.
+        reward: the weighted sum.
+        train_examples: to plan and train on.
+        test_examples: to measure on.
+        sampler: ancestral, at temperature 1.
+        hashes: what a pool of draws depends on.
+    """
+
+    config: Config
+    policy: CausalPolicy
+    reference: CausalPolicy
+    reward: Reward
+    train_examples: Sequence[Example]
+    test_examples: Sequence[Example]
+    sampler: Sampler
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        path: its directory.
+        beta: reward per nat.
+        plan: what plan.json holds, or None.
+        measurement: what measure.json holds, or None.
+        step: optimizer steps done.
+        report: report.html, if there is one.
+        interrupted: it was asked to stop before its end.
+    """
+
+    path: Path
+    beta: float | None
+    plan: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] | None = None
+    step: int = 0
+    report: Path | None = None
+    interrupted: bool = False
+
+
+# The verbs on disk.
+
+
+def run_plan(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Outcome:
+    """Plan: predict the best policy for every beta. Arguments and errors as `climb`."""
+    return _run(config, ("plan",), resume, watch)
+
+
+def run_train(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Outcome:
+    """Plan if that is needed, and train. Arguments and errors as `climb`."""
+    return _run(config, ("plan", "train") if config.needs_plan else ("train",), resume, watch)
+
+
+def climb(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Outcome:
+    """Plan, train, measure and report; the model is loaded once.
+
+    Args:
+        config: the configuration; `output_dir` is where everything is written.
+        resume: go on with the run that is there.
+        watch: who looks on.
+
+    Raises:
+        ValueError: for whatever cannot be done, before anything is written; what was begun because of it is removed.
+    """
+    return _run(config, VERBS, resume, watch)
+
+
+def run_measure(
+    config: Config, *, policy_folder: str | Path, output_dir: str | Path | None = None, watch: Watch = Watch()
+) -> dict[str, Any]:
+    """Certify the policy in a folder (a peft adapter or a whole model) against the target of `config`.
+
+    Args:
+        config: names reference, reward, prompts and beta.
+        policy_folder: what `from_pretrained` loads.
+        output_dir: where measure.json and the draws go; None writes nothing.
+        watch: who looks on.
+
+    Returns:
+        What measure.json holds.
+
+    Raises:
+        ValueError: no such policy, or no beta (a kl_budget is solved by a plan first).
+    """
+    if config.beta is None:
+        raise ValueError(
+            "measure: the beta of a kl_budget or reward_goal is found by a plan; give the directory of a run that "
+            "was planned, or a beta"
+        )
+    loaded = prepare(config, policy_folder=policy_folder)
+    return _measured(loaded, config.beta, None if output_dir is None else Path(output_dir), watch)
+
+
+def run_sample(
+    config: Config,
+    *,
+    method: str = "ancestral",
+    num_draws: int = 1,
+    n: int = 4,
+    bound: float | None = None,
+    limit: int | None = None,
+    policy_folder: str | Path | None = None,
+    watch: Watch = Watch(),
+) -> Iterator[Pool]:
+    """Draw completions of the held-out prompts, without training anything.
+
+    Args:
+        config: names model, reward, prompts and, for rejection, beta.
+        method: "ancestral" from the policy in `policy_folder` (without one, from the starting policy); "best_of" and
+            "rejection" from the reference.
+        num_draws: completions a prompt.
+        n: candidates of best_of.
+        bound: an upper bound of the reward, for rejection.
+        limit: at most this many prompts.
+        policy_folder: what `from_pretrained` loads.
+        watch: who looks on.
+
+    Raises:
+        ValueError: an unknown method, or rejection without bound or beta.
+    """
+    if method not in ("ancestral", "best_of", "rejection"):
+        raise ValueError(f"sample: got method {method!r}, expected ancestral, best_of or rejection")
+    if method == "rejection" and (bound is None or config.beta is None):
+        raise ValueError(
+            "sample: rejection needs an upper bound of the reward (--bound) and a beta (--beta, or a planned run)"
+        )
+    loaded = prepare(config, policy_folder=policy_folder)
+    target = tilt(loaded.reference, loaded.reward, config.beta or 1.0)  # only rejection looks at beta
+    sampler = loaded.sampler
+    if method == "best_of":
+        sampler = partial(best_of, sampler=loaded.sampler, reward=loaded.reward, n=n)
+    elif method == "rejection":
+        assert bound is not None
+        sampler = partial(rejection, sampler=loaded.sampler, target=target, bound=bound)
+    return sample(
+        loaded.test_examples[:limit],
+        loaded.policy if method == "ancestral" else loaded.reference,
+        sampler,
+        num_draws=num_draws,
+        generator=generator_for(config.seed, "sample"),
+        target=target,
+        progress=watch.progress,
+    )
+
+
+def write_samples(output_dir: Path, pools: Iterator[Pool]) -> dict[str, Any]:
+    """Write draws/sample.parquet (an older one is replaced) and say what is in it.
+
+    Raises:
+        ValueError: as `run_sample`, whose draws are made here.
+    """
+    pool = stack_pools(list(pools))
+    path = store.draws_path(output_dir, "sample")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_pool(path, pool, verb="sample", hashes={})
+    draws = pool.draws
+    assert draws.texts is not None
+    return {
+        "path": str(path),
+        "draws": pool.reward.numel(),
+        "reward": mean_estimate(pool.reward, generator=generator_for(0, "sample")).as_dict(),
+        "samples": [
+            {
+                "prompt": example.prompt
+                if isinstance(example.prompt, str)
+                else example.prompt[-1]["content"],
+                "completion": text,
+                "reward": pool.reward[p, g].item(),
+                "log_ref": pool.log_ref[p, g].item(),
+            }
+            for p, example in enumerate(draws.examples)
+            for g, text in enumerate(draws.texts[p])
+        ],
+    }
+
+
+def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Outcome:
+    path = Path(config.output_dir)
+    if not resume:
+        store.check_free(path)
+    if (
+        config.kl_budget is not None
+        and config.plan is None
+        and config.num_plan_draws < draws_needed(config.kl_budget)
+    ):
+        raise ValueError(
+            f"kl_budget {config.kl_budget:g} nats needs about {draws_needed(config.kl_budget)} draws a prompt, "
+            f"num_plan_draws is {config.num_plan_draws}; plan with more draws, or a smaller budget"
+        )
+    loaded = prepare(config)
+    if resume:
+        written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        store.create_run(path, config=written, resume=True)
+    else:
+        # as asked until the plan has found beta
+        store.create_run(
+            path, config=config.model_dump(), seed=config.seed, reward_hashes=_reward_hashes(loaded)
+        )
+    outcome = Outcome(path, config.beta)
+    pool = None
+    if "plan" in verbs:
+        try:
+            found, beta, record = _planned(loaded, path, watch)
+        except ValueError:
+            if not resume:
+                store.undo_run(path)
+            raise
+        pool, outcome = found.pool, replace(outcome, beta=beta, plan=record)
+    if "train" in verbs:
+        assert outcome.beta is not None
+        step, interrupted = _trained(loaded, path, pool, outcome.beta, resume, watch)
+        outcome = replace(outcome, step=step, interrupted=interrupted)
+        if interrupted:
+            return outcome
+    if "measure" in verbs:
+        assert outcome.beta is not None
+        outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, watch))
+    return replace(outcome, report=report(path))
+
+
+def report(path: Path) -> Path | None:
+    """Write RUN/report.html; None where the packages that draw it are not installed."""
+    try:
+        from klimb.report import write_report
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("klimb"):
+            raise
+        return None
+    return write_report(path)
+
+
+# What a configuration names.
+
+
+def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loaded:
+    """Load and check everything that a run needs, cheap things first; nothing is written.
+
+    Args:
+        config: the configuration.
+        policy_folder: the policy that is measured or sampled; None makes a new one, to be trained.
+
+    Raises:
+        ValueError: a prompt, reward, model or tracker that is not there or does not fit.
+    """
+    _check_trackers(config.report_to)
+    columns = {"prompt_column": config.prompt_column}
+    train_examples = load_examples(config.dataset_name, split=config.dataset_train_split, **columns)
+    if config.dataset_test_split is None:
+        test_examples = train_examples
+    else:
+        test_examples = load_examples(config.dataset_name, split=config.dataset_test_split, **columns)
+    reward = weighted_sum([load_reward(name) for name in config.reward_funcs], config.reward_weights)
+    policy, reference = _policies(config, policy_folder)
+    for example in [*train_examples, *test_examples]:
+        tokens = max(len(who.render(example)) for who in (policy, reference))
+        if tokens + config.max_completion_length > min(policy.context_length, reference.context_length):
+            raise ValueError(
+                f"the prompt {str(example.prompt)[:60]!r}... has {tokens} tokens; with max_completion_length "
+                f"{config.max_completion_length} that is longer than the model's context of "
+                f"{min(policy.context_length, reference.context_length)}; shorten one"
+            )
+    return Loaded(
+        config=config,
+        policy=policy,
+        reference=reference,
+        reward=reward,
+        train_examples=train_examples[: config.plan_prompts],
+        test_examples=test_examples,
+        sampler=partial(
+            ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
+        ),
+        hashes={
+            "model": fingerprint(reference),
+            "reward": source_hash(reward),
+            "template": _sha256(str(reference.tokenizer.chat_template)),
+            "max_completion_length": str(config.max_completion_length),
+        },
+    )
+
+
+def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalPolicy, CausalPolicy]:
+    options = {
+        "dtype": None if config.dtype is None else DTYPES[config.dtype],
+        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    sizes = {"max_chunk_tokens": config.max_chunk_tokens}
+    model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
+    start = config.family.start if isinstance(config.family, Lora) else None
+    if policy_folder is not None and not Path(policy_folder).is_dir():
+        raise ValueError(f"{policy_folder}: no such folder; expected a trained policy, such as RUN/policy")
+    if policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
+        policy, reference = lora(model, tokenizer, start=policy_folder, **sizes)
+        wrapped = policy.activate.args[0]
+        wrapped.delete_adapter("reference")  # the policy as it ended is not where it started
+        if start is not None:
+            wrapped.load_adapter(
+                start, adapter_name="reference", is_trainable=False, autocast_adapter_dtype=False
+            )
+        speaks = None if start is None else "reference"
+        reference = replace(reference, activate=partial(adapters, wrapped, active=speaks))
+    elif policy_folder is not None:
+        moved, _ = load_model(str(policy_folder), **options)
+        policy = CausalPolicy(moved, tokenizer, **sizes)
+        reference = CausalPolicy(model, tokenizer, **sizes)
+    elif isinstance(config.family, Lora):
+        policy, reference = lora(
+            model,
+            tokenizer,
+            r=config.family.r,
+            alpha=config.family.alpha,
+            target_modules=config.family.target_modules,
+            start=start,
+            seed=config.seed,
+            **sizes,
+        )
+    else:
+        policy, reference = full(model, tokenizer, **sizes)
+    if config.reference is not None:
+        other, words = load_model(config.reference, **options)
+        if words.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"reference {config.reference}: its tokenizer has other words than that of "
+                f"{config.model_name_or_path}; expected a model of the same tokenizer"
+            )
+        reference = CausalPolicy(other, words, **sizes)
+        if set(reference.end) != set(policy.end):
+            raise ValueError(
+                f"reference {config.reference}: completions end with the tokens {sorted(reference.end)}, those of "
+                f"{config.model_name_or_path} with {sorted(policy.end)}; set the same eos_token_id in both "
+                "generation_config.json"
+            )
+    return policy, reference
+
+
+def fingerprint(policy: CausalPolicy, *, numbers: int = 64) -> str:
+    """A sha256 over the configuration and, of each of the weights, its name, shape, dtype and some of its numbers."""
+    active = policy.activate.keywords.get("active") if isinstance(policy.activate, partial) else None
+    digest = hashlib.sha256(f"{policy.model.config.model_type} {sorted(policy.end)} {active}".encode())
+    for name, weight in sorted(policy.model.state_dict().items()):
+        if ".lora_" in name and f".{active}." not in name:
+            continue  # of an adapter that does not speak
+        flat = weight.flatten()
+        some = flat[:: max(1, len(flat) // numbers)].double().cpu()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generator_for(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own for every purpose of a run.
+
+    Example:
+        >>> a, b = generator_for(0, "plan"), generator_for(0, "train")
+        >>> a.initial_seed() == b.initial_seed()
+        False
+    """
+    return torch.Generator().manual_seed(int(_sha256(f"{seed} {purpose}")[:15], 16))
+
+
+def _reward_hashes(loaded: Loaded) -> dict[str, str]:
+    parts: Any = loaded.reward
+    return {name: source_hash(part) for name, part in parts.rewards.items()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Plan.
+
+
+def _planned(loaded: Loaded, path: Path, watch: Watch) -> tuple[Plan, float, dict[str, Any]]:
+    config = loaded.config
+    own = store.draws_path(path, "plan")
+    if own.is_file():
+        pool = _stored_pool(own, loaded)
+    elif config.plan is not None:
+        given = Path(config.plan)
+        pool = _stored_pool(store.draws_path(given, "plan") if given.is_dir() else given, loaded)
+    else:
+        pool = draw_pool(
+            loaded.train_examples,
+            loaded.reference,
+            loaded.reward,
+            loaded.sampler,
+            num_draws=config.num_plan_draws,
+            generator=generator_for(config.seed, "plan"),
+            progress=watch.progress,
+            what="plan: draw from the reference",
+        )
+    generator = generator_for(config.seed, "frontier")
+    found = plan(
+        pool.draws.examples,
+        loaded.reference,
+        loaded.reward,
+        loaded.sampler,
+        num_draws=pool.draws.num_draws,
+        generator=generator,
+        pool=pool,
+    )
+    asked = {"beta": config.beta, "kl": config.kl_budget, "reward": config.reward_goal}
+    beta = found.solve(**asked)
+    if (path / "plan.json").is_file():  # resumed: config.yaml holds the beta already, plan.json knows why
+        record = store.read_json(path / "plan.json")
+    else:
+        record = plan_record(found, beta, why=_why(config), generator=generator)
+        if not own.is_file():
+            _write_pool(own, pool, verb="plan", hashes=loaded.hashes)
+        store.write_json(path / "plan.json", record)
+    settled = {**config.model_dump(), "beta": beta, "kl_budget": None, "reward_goal": None}
+    store.write_yaml(path / "config.yaml", settled)
+    watch.event("plan", record)
+    return found, beta, record
+
+
+def _why(config: Config) -> str:
+    if config.kl_budget is not None:
+        return f"kl_budget: {config.kl_budget:g} nats"
+    if config.reward_goal is not None:
+        return f"reward_goal: {config.reward_goal:g}"
+    return "given"
+
+
+def _stored_pool(path: Path, loaded: Loaded) -> Pool:
+    found = store.read_draws(path, expect_hashes=loaded.hashes)
+    known = {example.id for example in loaded.train_examples}
+    if not {example.id for example in found.draws.examples} <= known:
+        raise ValueError(
+            f"{path}: these draws are of other prompts than {loaded.config.dataset_name}; plan again"
+        )
+    if found.reward is None or found.log_ref is None:
+        raise ValueError(f"{path}: these draws have no reward or no log_ref; draw a new pool with plan")
+    return Pool(found.draws, found.reward, found.log_ref, found.reward_parts)
+
+
+def _write_pool(
+    path: Path, pool: Pool, *, verb: str, hashes: Mapping[str, str], step: int | None = None
+) -> None:
+    store.write_draws(
+        path,
+        pool.draws,
+        verb=verb,
+        hashes=hashes,
+        step=step,
+        reward=pool.reward,
+        reward_parts=pool.parts,
+        log_ref=pool.log_ref,
+        log_pi=pool.log_pi,
+        token_log_ref=pool.token_log_ref,
+        token_log_pi=pool.token_log_pi,
+    )
+
+
+def plan_record(found: Plan, beta: float, *, why: str, generator: torch.Generator) -> dict[str, Any]:
+    """What plan.json holds."""
+    return {
+        "beta": {"value": beta, "why": why},
+        "optimum": _point(found.at(beta, generator=generator)),
+        "reference": {"reward": found.reference_reward.as_dict(), "reward_std": _known(found.reward_std)},
+        "frontier": [_point(point) for point in found.frontier],
+        "best_of_n": [
+            {"n": best.n, "reward": best.reward.as_dict(), "kl": best.kl.as_dict()}
+            for best in found.best_of_n
+        ],
+        "num_draws": found.pool.draws.num_draws,
+        "finished": found.pool.draws.finished.float().mean().item(),
+        "completion_length": found.pool.draws.lengths.float().mean().item(),
+        "prompts": [
+            {name: _known(x) if isinstance(x, float) else x for name, x in prompt.items()}
+            for prompt in found.prompts(beta)
+        ],
+    }
+
+
+def _point(point: FrontierPoint) -> dict[str, Any]:
+    return {name: x.as_dict() if isinstance(x, Estimate) else x for name, x in vars(point).items()}
+
+
+def _known(value: float) -> float | None:
+    """None for a spread or a mean of forbidden rewards (-inf), which is not defined."""
+    return None if math.isnan(value) else value
+
+
+# Train.
+
+
+def _trained(
+    loaded: Loaded, path: Path, pool: Pool | None, beta: float, resume: bool, watch: Watch
+) -> tuple[int, bool]:
+    """Train, from the newest checkpoint if there is one; (steps done, whether it was stopped)."""
+    config, policy = loaded.config, loaded.policy
+    parameters = list(policy.parameters())
+    optimizer = adamw(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config=config))
+    generator = generator_for(config.seed, "train")
+    replays = config.num_replay > 0 or config.replay_steps > 0
+    examples = list(loaded.train_examples)
+    state = TrainState()
+    if pool is not None and replays:
+        limit = max(Replay().limit, pool.draws.num_draws)
+        state = TrainState(replay=Replay(limit=limit).extended(pool))
+        examples = list(pool.draws.examples)  # only of these something is kept
+    if config.prompts_per_step > len(examples):
+        raise ValueError(
+            f"prompts_per_step {config.prompts_per_step} is more than the {len(examples)} prompts there are; "
+            "use fewer a step"
+        )
+    average = [m.detach().clone() for m in masters(optimizer)] if config.average_weights else []
+    checkpoints, metrics = path / "checkpoints", path / "metrics.jsonl"
+    if resume and store.list_checkpoints(checkpoints):
+        checkpoint = store.load_latest_checkpoint(checkpoints)
+        for warning in checkpoint.warnings:
+            watch.event("warning", warning)
+        state = restore(checkpoint, parameters, optimizer, scheduler, average, generator, replay=state.replay)
+    if metrics.is_file():
+        store.truncate_jsonl(metrics, state.step)
+    store.remove_draws_after(path, "train", state.step)
+
+    target = tilt(loaded.reference, loaded.reward, beta)
+    clip = {} if config.clip is None else {"clip": config.clip}
+    log = _trackers(config, path)
+    evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
+    steps = train(
+        examples,
+        policy,
+        target,
+        loaded.sampler,
+        partial(OBJECTIVES[config.method], **clip),
+        optimizer,
+        max_steps=config.max_steps,
+        prompts_per_step=config.prompts_per_step,
+        num_draws=config.num_generations,
+        num_replay=config.num_replay,
+        replay_steps=config.replay_steps,
+        keep_fresh=config.keep_fresh and config.num_replay > 0,
+        max_grad_norm=config.max_grad_norm,
+        scheduler=scheduler,
+        state=state,
+        generator=generator,
+    )
+    watch.event("train", {"step": state.step, "max_steps": config.max_steps})
+    for step in steps:
+        state = step.state
+        if average:
+            average = moved_average(average, masters(optimizer), decay=config.average_weights, step=step.step)
+        record = step_record(step)
+        if config.eval_steps is not None and step.step % config.eval_steps == 0:
+            with speaking_as(average or masters(optimizer), optimizer, parameters):
+                record["evaluation"] = evaluate(step.step)
+        if step.fresh is not None:
+            where = store.draws_path(path, "train", step.step)
+            _write_pool(where, step.fresh, verb="train", hashes=loaded.hashes, step=step.step)
+        store.append_jsonl(metrics, record)
+        log(record)
+        watch.event("step", record)
+        stopped = watch.stop() and step.step < config.max_steps
+        if stopped or step.step % config.save_steps == 0 or step.step == config.max_steps:
+            tensors, rest = saved(state, parameters, optimizer, scheduler, average, generator)
+            store.save_checkpoint(checkpoints, step.step, tensors, rest, keep=config.save_total_limit)
+            watch.event("checkpoint", {"step": step.step})
+        if stopped:
+            return step.step, True
+    write_out(average or masters(optimizer), parameters)  # from here on the policy is what was averaged
+    store.write_directory_whole(path / "policy", partial(save_policy, policy))
+    watch.event("trained", {"step": state.step})
+    return state.step, False
+
+
+def rate(step: int, *, config: Config) -> float:
+    """The share of learning_rate that step number `step`, from 0, takes; it ends just above zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = min((step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1), 1.0)
+    shapes = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+    return shapes[config.lr_scheduler_type]
+
+
+def step_record(step: Step) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    return {
+        "step": step.step,
+        **{name: estimate.as_dict() for name, estimate in step.estimates.items()},
+        **step.numbers,
+        "seconds": step.seconds,
+    }
+
+
+def _reference_of_evaluation(loaded: Loaded) -> Callable[[], Pool]:
+    """Reference draws that all evaluations of a training share, drawn when first needed; the same after a resume."""
+    drawn: list[Pool] = []
+
+    def get() -> Pool:
+        if not drawn:
+            drawn.append(
+                draw_pool(
+                    loaded.test_examples[: loaded.config.eval_prompts],
+                    loaded.reference,
+                    loaded.reward,
+                    loaded.sampler,
+                    num_draws=loaded.config.eval_draws,
+                    generator=generator_for(loaded.config.seed, "evaluate the reference"),
+                )
+            )
+        return drawn[0]
+
+    return get
+
+
+def _evaluated(loaded: Loaded, target: Tilt, reference_pool: Callable[[], Pool], step: int) -> dict[str, Any]:
+    pool = reference_pool()
+    found = measure(
+        pool.draws.examples,
+        loaded.policy,
+        target,
+        loaded.sampler,
+        num_draws=loaded.config.eval_draws,
+        generator=generator_for(loaded.config.seed, f"evaluate {step}"),
+        reference_pool=pool,
+    ).certificate
+    names = ("reward", "kl", "objective", "gap", "attained", "reference_reward")
+    return {name: getattr(found, name).as_dict() for name in names}
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    there = sorted(str(name) for name in get_available_trackers())
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"report_to: no tracker {name!r}; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in there:
+            raise ValueError(f"report_to: {name} is not installed; there are {', '.join(there) or 'none'}")
+
+
+def _trackers(config: Config, path: Path) -> Callable[[Mapping[str, Any]], None]:
+    """Where step records go besides metrics.jsonl: nowhere, or to accelerate's trackers."""
+    if not config.report_to:
+        return lambda record: None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(config.report_to), project_dir=path)
+    flat = {
+        name: x if isinstance(x, int | float | str) else str(x) for name, x in config.model_dump().items()
+    }
+    accelerator.init_trackers("klimb", config=flat)
+    return lambda record: accelerator.log(dict(_flat(record)), step=record["step"])
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping) and "value" in value:
+            value = value["value"]
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            yield prefix + name, value
+
+
+# What a checkpoint holds.
+
+
+def saved(
+    state: TrainState,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: Sequence[Tensor],
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that the next step depends on, as named tensors and as JSON."""
+    assert len(parameters) == len(masters(optimizer))
+    kept = [row for rows in state.replay.rows.values() for row in rows]
+    tensors = {
+        **{f"weights.{i}": m for i, m in enumerate(masters(optimizer))},
+        **{f"average.{i}": a for i, a in enumerate(average)},
+        **{
+            f"optimizer.{i}.{name}": x
+            for i, slots in optimizer.state_dict()["state"].items()
+            for name, x in slots.items()
+        },
+        "generator": generator.get_state(),
+        "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
+        "replay.lengths": torch.tensor([len(row.completion) for row in kept], dtype=torch.int64),
+        "replay.numbers": torch.tensor(
+            [[row.log_q, row.log_ref, row.reward] for row in kept], dtype=torch.float64
+        ),
+    }
+    rest = {
+        "step": state.step,
+        "order": list(state.order),
+        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        "scheduler": {
+            name: x for name, x in scheduler.state_dict().items() if isinstance(x, int | float | list)
+        },
+        "replay": {
+            "counts": [[name, len(rows)] for name, rows in state.replay.rows.items()],
+            "texts": [row.text for row in kept],
+            "finished": [row.finished for row in kept],
+            "limit": state.replay.limit,
+        },
+    }
+    return tensors, json.loads(json.dumps(rest))
+
+
+def restore(
+    checkpoint: store.Checkpoint,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: list[Tensor],
+    generator: torch.Generator,
+    *,
+    replay: Replay,
+) -> TrainState:
+    """Put weights, optimizer, scheduler, average and generator as they were when `saved` looked at them."""
+    tensors, rest = checkpoint.tensors, checkpoint.state
+    own = masters(optimizer)
+    expected = {f"weights.{i}": m.shape for i, m in enumerate(own)}
+    if {name: t.shape for name, t in tensors.items() if name.startswith("weights.")} != expected:
+        raise ValueError(
+            "the checkpoint holds weights of other shapes; resume the run with its own configuration"
+        )
+    with torch.no_grad():
+        for i, master in enumerate(own):
+            master.copy_(tensors[f"weights.{i}"])
+        for i, mean in enumerate(average):
+            mean.copy_(tensors[f"average.{i}"])
+    write_out(own, parameters)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest_of_name = name.partition(".")
+        if kind == "optimizer":
+            index, _, slot = rest_of_name.partition(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    for group, lr in zip(optimizer.param_groups, rest["learning_rates"], strict=True):
+        group["lr"] = lr
+    scheduler.load_state_dict({**scheduler.state_dict(), **rest["scheduler"]})
+    generator.set_state(tensors["generator"])
+    return TrainState(rest["step"], tuple(rest["order"]), _replay(tensors, rest["replay"], replay))
+
+
+def _replay(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], empty: Replay) -> Replay:
+    completions = tensors["replay.tokens"].split(tensors["replay.lengths"].tolist())
+    numbers = tensors["replay.numbers"].tolist()
+    kept = iter(
+        [
+            Kept(completion, text, finished, *three)
+            for completion, text, finished, three in zip(
+                completions, rest["texts"], rest["finished"], numbers, strict=True
+            )
+        ]
+    )
+    rows = {name: [next(kept) for _ in range(count)] for name, count in rest["counts"]}
+    return replace(empty, rows=rows, limit=rest["limit"])
+
+
+# Measure.
+
+
+def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:
+    config = loaded.config
+    if config.dataset_test_split is None:
+        watch.event("warning", "measured on the training prompts: dataset_test_split is null")
+    found = measure(
+        loaded.test_examples[: config.measure_prompts],
+        loaded.policy,
+        tilt(loaded.reference, loaded.reward, beta),
+        loaded.sampler,
+        num_draws=config.measure_draws,
+        generator=generator_for(config.seed, "measure"),
+        progress=watch.progress,
+    )
+    record = measure_record(found)
+    if path is not None:
+        draws = path / "draws"
+        draws.mkdir(parents=True, exist_ok=True)
+        for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
+            _write_pool(draws / f"{verb}.parquet", pool, verb=verb, hashes=loaded.hashes)
+        store.write_json(path / "measure.json", record)
+    watch.event("measure", record)
+    return record
+
+
+def measure_record(found: Measurement) -> dict[str, Any]:
+    """What measure.json holds."""
+    c = found.certificate
+    estimates = (
+        "reward",
+        "kl",
+        "objective",
+        "gap",
+        "self_gap",
+        "log_z",
+        "attained",
+        "frontier_efficiency",
+        "overlap",
+    )
+    return {
+        "beta": c.beta,
+        **{name: getattr(c, name).as_dict() for name in estimates},
+        "reference": {"reward": c.reference_reward.as_dict()},
+        "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
+        "diagnosis": {
+            "verdict": found.diagnosis.verdict,
+            "because": found.diagnosis.because,
+            "advice": found.diagnosis.advice,
+        },
+        "ess": c.ess,
+        "pareto_k": c.pareto_k,
+        "warnings": list(c.warnings),
+        "num_prompts": found.policy_pool.draws.num_prompts,
+        "num_draws": found.policy_pool.draws.num_draws,
+    }

@@ -1,0 +1,259 @@
+"""What a person sees: bars with rates and time left on a terminal, plain lines elsewhere, a panel at the end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from klimb.run import Watch
+
+EVERY = 5.0
+"""seconds between plain lines of progress"""
+
+
+@contextmanager
+def watching(console: Console, *, quiet: bool) -> Iterator[Watch]:
+    """A `Watch` that shows what happens; Ctrl-C ends a training after its step, and anything else at once.
+
+    A second Ctrl-C ends anything at once.
+    """
+    asked = threading.Event()
+    training = threading.Event()
+
+    def on_interrupt(*_: object) -> None:
+        if asked.is_set() or not training.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        console.print("stopping after this step; Ctrl-C again stops at once", style="yellow")
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, on_interrupt) if in_main else None
+    show = _silent if quiet else (_bars if console.is_terminal else _lines)
+    try:
+        with show(console) as (progress, event):
+
+            def told(kind: str, record: Any) -> None:
+                if kind == "train":
+                    training.set()
+                elif kind in ("plan", "trained", "measure"):
+                    training.clear()
+                event(kind, record)
+
+            yield Watch(progress=progress, event=told, stop=asked.is_set)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _silent(console: Console) -> Iterator[tuple[Any, Any]]:
+    yield (lambda what, done, total: None), (lambda kind, record: None)
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[tuple[Any, Any]]:
+    """A line when something begins, every few seconds, when it ends, and for every step."""
+    last: dict[str, float] = {}
+    began: dict[str, float] = {}
+    steps = {"max": 0, "first": 0, "since": 0.0}
+
+    def progress(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began.setdefault(what, now)
+        if done < total and now - last.get(what, -EVERY) < EVERY:
+            return
+        last[what] = now
+        spent = now - began[what]
+        rate = (
+            f"  {done / spent:.1f}/s, {_duration((total - done) * spent / done)} left"
+            if done and spent
+            else ""
+        )
+        console.print(f"{what}  {done}/{total}{rate if done < total else ''}")
+
+    def event(kind: str, record: Any) -> None:
+        if kind == "train":
+            steps.update(max=record["max_steps"], first=record["step"], since=time.monotonic())
+        elif kind == "step":
+            done = record["step"] - steps["first"]
+            each = (time.monotonic() - steps["since"]) / done
+            left = _duration(each * (steps["max"] - record["step"]))
+            console.print(
+                f"step {record['step']}/{steps['max']}  {_step(record)}  {each:.1f} s a step, {left} left"
+            )
+        elif kind == "plan":
+            console.print(_plan_line(record))
+        elif kind == "warning":
+            console.print(f"warning: {record}", style="yellow")
+
+    yield progress, event
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[tuple[Any, Any]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console) as bars:
+
+        def task(what: str, total: int, done: int = 0) -> Any:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, completed=done, note="")
+            return tasks[what]
+
+        def progress(what: str, done: int, total: int) -> None:
+            here = task(what, total)
+            speed = bars.tasks[here].speed
+            bars.update(here, completed=done, note=f"{speed:.1f}/s" if speed else "")
+
+        def event(kind: str, record: Any) -> None:
+            if kind == "train":
+                task("train", record["max_steps"], record["step"])
+            elif kind == "step":
+                bars.update(tasks["train"], completed=record["step"], note=_step(record))
+            elif kind == "plan":
+                console.print(_plan_line(record))
+            elif kind == "warning":
+                console.print(f"warning: {record}", style="yellow")
+
+        yield progress, event
+
+
+def estimate(record: Mapping[str, Any] | None) -> str:
+    """An estimate as it is written to JSON, for people.
+
+    Example:
+        >>> estimate({"value": 0.631, "low": 0.6, "high": 0.664, "n": 512, "warnings": []})
+        '0.63 [0.60, 0.66]'
+    """
+    if record is None or record["value"] is None:
+        return "unknown"
+    from klimb.numbers.estimate import Estimate
+
+    ends = (record[name] if record[name] is not None else float("inf") for name in ("low", "high"))
+    return str(Estimate(record["value"], *ends, record["n"], tuple(record["warnings"])))
+
+
+def outcome(record: Mapping[str, Any]) -> RenderableType:
+    """The panel at the end of plan, train and climb."""
+    if record["measure"] is not None:
+        return Panel(Group(_measured(record["measure"]), *_places(record)), title="klimb", expand=False)
+    parts: list[RenderableType] = []
+    if record["plan"] is not None:
+        parts.append(_planned(record["plan"]))
+    return Panel(Group(*parts, *_places(record)), title="klimb", expand=False)
+
+
+def measurement(record: Mapping[str, Any]) -> RenderableType:
+    """The certificate as a panel."""
+    return Panel(_measured(record), title="klimb measure", expand=False)
+
+
+def samples(record: Mapping[str, Any], show: int) -> RenderableType:
+    """Some completions with their rewards, and where all of them lie."""
+    table = Table(
+        "reward",
+        "prompt",
+        "completion",
+        title=f"{record['draws']} draws, mean reward {estimate(record['reward'])}",
+    )
+    every = max(1, len(record["samples"]) // max(show, 1))  # of different prompts
+    for row in record["samples"][::every][:show]:
+        table.add_row(f"{row['reward']:.3f}", Text(row["prompt"]), Text(row["completion"]))
+    return Group(table, Text(f"all of them: {record['path']}"))
+
+
+def methods(console: Console) -> None:
+    """Print `klimb.methods`."""
+    from klimb.methods import METHODS
+
+    for name, row in METHODS.items():
+        table = _grid()
+        for part in fields(row):
+            table.add_row(f"  {part.name}", Text(getattr(row, part.name) or "none"))
+        console.print(name, style="bold", soft_wrap=True)
+        console.print(table)
+
+
+def _planned(plan: Mapping[str, Any]) -> RenderableType:
+    beta = plan["beta"]
+    table = _grid()
+    table.add_row("beta", f"{beta['value']:.4g} reward a nat  ({beta['why']})")
+    table.add_row("reference reward", estimate(plan["reference"]["reward"]))
+    table.add_row("predicted optimum", estimate(plan["optimum"]["reward"]))
+    table.add_row("  at KL", estimate(plan["optimum"]["kl"]) + " nats")
+    for best in plan["best_of_n"][1:]:
+        table.add_row(f"best of {best['n']}", f"{estimate(best['reward'])} at {best['kl']['value']:.2f} nats")
+    return table
+
+
+def _measured(found: Mapping[str, Any]) -> RenderableType:
+    table = _grid()
+    table.add_row("reference reward", estimate(found["reference"]["reward"]))
+    table.add_row("predicted optimum", estimate(found["optimum"]["reward"]))
+    table.add_row("  at KL", estimate(found["optimum"]["kl"]) + " nats")
+    table.add_row("trained policy", estimate(found["reward"]))
+    table.add_row("  at sequence KL", estimate(found["kl"]) + " nats")
+    table.add_row("gap to the optimum", f"{estimate(found['gap'])} reward  (beta {found['beta']:.4g})")
+    table.add_row("share attained", estimate(found["attained"]))
+    table.add_row("verdict", Text(found["diagnosis"]["verdict"]))
+    table.add_row("try next", Text(found["diagnosis"]["advice"]))
+    for warning in found["warnings"]:
+        table.add_row("warning", Text(warning, style="yellow"))
+    return table
+
+
+def _places(record: Mapping[str, Any]) -> list[RenderableType]:
+    table = _grid()
+    if record["step"]:
+        table.add_row("policy", Text(f"{record['run']}/policy"))
+    table.add_row("report", Text(record["report"] or "none: pip install 'klimb[report]'"))
+    return [table]
+
+
+def _plan_line(record: Mapping[str, Any]) -> str:
+    best = record["optimum"]
+    return (
+        f"plan: beta {record['beta']['value']:.4g} ({record['beta']['why']}); reference "
+        f"{estimate(record['reference']['reward'])}, best policy {estimate(best['reward'])} at KL "
+        f"{estimate(best['kl'])} nats"
+    )
+
+
+def _step(record: Mapping[str, Any]) -> str:
+    if "reward" not in record:
+        return f"residual sd {record['residual_std']:.2f} nats"
+    held = record.get("evaluation")
+    tail = (
+        ""
+        if held is None
+        else f"  held out: reward {estimate(held['reward'])} attained {estimate(held['attained'])}"
+    )
+    return f"reward {record['reward']['value']:.3f}  KL {record['kl']['value']:.2f}{tail}"
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,225 @@
+"""Bad input, as one table: each case ends with exit status 2, says what is wrong, shows no traceback, writes nothing."""
+
+import json
+import shutil
+
+import pytest
+
+from klimb.store import list_checkpoints
+
+CHAT = [{"role": "user", "content": "write a review"}]
+
+# name, options that change, what is done to the files of the test's folder, words that the message must hold
+CASES = [
+    ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean --learning_rate"]),
+    ("misspelt nested option", {"family.alfa": 1}, None, ["--family.alfa", "--family.alpha"]),
+    ("not a number", {"learning_rate": "fast"}, None, ["learning_rate", "'fast'"]),
+    ("two bad values", {"learning_rate": -1, "max_steps": "x"}, None, ["learning_rate", "max_steps"]),
+    ("beta negative", {"kl_budget": None, "beta": -1}, None, ["beta", "'-1'", "positive"]),
+    ("beta NaN", {"kl_budget": None, "beta": "nan"}, None, ["beta", "nan", "positive"]),
+    ("beta 0", {"kl_budget": None, "beta": 0}, None, ["beta 0 has no target", "kl_budget"]),
+    ("beta and kl_budget", {"beta": 0.1}, None, ["beta 0.1 and kl_budget 0.5", "expected one of"]),
+    (
+        "budget and few draws",
+        {"num_plan_draws": 16, "kl_budget": 3},
+        None,
+        ["245 draws", "num_plan_draws is 16"],
+    ),
+    ("goal out of reach", {"kl_budget": None, "reward_goal": 9}, None, ["goal=9", "reachable"]),
+    ("goal past the pool", {"kl_budget": None, "reward_goal": 0.9}, None, ["goal", "0.9", "draws|best draw"]),
+    ("one draw", {"num_generations": 1, "num_replay": 0}, None, ["num_generations 1", "at least 2"]),
+    ("replay past the pool", {"num_replay": 33}, None, ["33", "num_plan_draws is 32"]),
+    ("too many prompts a step", {"prompts_per_step": 9}, None, ["prompts_per_step 9", "8 prompts"]),
+    ("unknown method", {"method": "ppo"}, None, ["method", "'ppo'", "log_variance"]),
+    ("unknown tracker", {"report_to": "wandbb"}, None, ["report_to", "wandbb"]),
+    ("no such model", {"model_name_or_path": "./nowhere"}, None, ["./nowhere"]),
+    ("no such reference", {"reference": "./nowhere"}, None, ["./nowhere"]),
+    ("no such adapter", {"family.start": "./nowhere"}, None, ["./nowhere", "adapter"]),
+    ("model without weights", {}, "no_weights", ["model", "safetensors"]),
+    ("model without an end", {}, "no_end", ["end-of-sequence"]),
+    ("other tokenizer", {}, "other_words", ["reference", "same tokenizer"]),
+    ("no such file", {"dataset_name": "prompt.jsonl"}, None, ["prompt.jsonl"]),
+    ("no such split", {"dataset_test_split": "tset"}, None, ["tset", "did you mean 'test'"]),
+    ("no such column", {"prompt_column": "promt"}, None, ["promt", "did you mean 'prompt'"]),
+    ("empty data", {}, "", ["empty"]),
+    ("empty prompt", {}, [{"prompt": " ", "split": "train"}], ["line 1", "prompt is empty"]),
+    ("prompt past the context", {}, "long", ["tokens", "context of 64"]),
+    ("no such reward", {"reward_funcs": "rewards.py:god"}, None, ["god", "did you mean 'good'"]),
+    ("reward of one length", {"reward_funcs": "rewards.py:short"}, None, ["short", "got 1 values"]),
+    ("reward of strings", {"reward_funcs": "rewards.py:words"}, None, ["words", "expected a number"]),
+    ("reward NaN", {"reward_funcs": "rewards.py:nan"}, None, ["nan", "prompt:", "completion:"]),
+    (
+        "reward fails",
+        {"reward_funcs": "rewards.py:fails"},
+        None,
+        ["ZeroDivisionError", "rewards.py", "prompt:"],
+    ),
+    ("reward always the same", {"reward_funcs": "rewards.py:same"}, None, ["nothing can be learned"]),
+    ("weights that do not fit", {"reward_weights": [1.0, 2.0]}, None, ["2 reward_weights", "1 reward_funcs"]),
+]
+REWARDS = """
+def short(completions, **columns): return [1.0]
+def words(completions, **columns): return ["good" for _ in completions]
+def nan(completions, **columns): return [float("nan") for _ in completions]
+def fails(completions, **columns): return [1 / 0 for _ in completions]
+def same(completions, **columns): return [1.0 for _ in completions]
+"""
+
+
+def prepare(folder, settings, change):
+    """Change the files of a run as a case asks."""
+    with (folder / "rewards.py").open("a") as file:
+        file.write(REWARDS)
+    if change in ("no_weights", "no_end", "other_words"):
+        model = folder / "model"
+        shutil.copytree(settings["model_name_or_path"], model)
+        settings["reference" if change == "other_words" else "model_name_or_path"] = str(model)
+    if change == "no_weights":
+        (model / "model.safetensors").unlink()
+    elif change == "no_end":
+        for name, key in (
+            ("config.json", "eos_token_id"),
+            ("generation_config.json", "eos_token_id"),
+            ("tokenizer_config.json", "eos_token"),
+        ):
+            values = json.loads((model / name).read_text())
+            (model / name).write_text(json.dumps({**values, key: None}))
+    elif change == "other_words":
+        text = (model / "tokenizer.json").read_text()
+        (model / "tokenizer.json").write_text(text.replace('"film"', '"movie"'))
+    elif change == "long":
+        rows = [{"prompt": "good " * 60, "split": s} for s in ("train", "test")]
+        (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif change is not None:
+        (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, change)))
+
+
+def refused(result, words):
+    status, out, err = result
+    assert status == 2, (status, out, err)
+    assert "Traceback" not in out + err
+    for word in words:
+        assert any(part in err for part in word.split("|")), (word, err)
+
+
+@pytest.mark.parametrize(("changes", "files", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_bad_input(klimb, tiny_run, options, tmp_path, monkeypatch, changes, files, words):
+    monkeypatch.chdir(tmp_path)
+    settings = {**tiny_run, **changes}
+    prepare(tmp_path, settings, files)
+    before = sorted(tmp_path.rglob("*"))
+    refused(klimb("climb", "-q", *options(settings)), words)
+    after = [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)]
+    assert after == before  # nothing half-written
+
+
+def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path):
+    file = tmp_path / "run.yaml"
+    for text, words in [
+        ("dataset_name: a\nreward_funcs: b: c\n", ["run.yaml, line 2", "not YAML"]),
+        ("dataset_nam: a\n", ["dataset_nam", "did you mean dataset_name"]),
+        ("family: {kind: lora, rank: 4}\n", ["family.rank", "family.r"]),
+        (
+            "family: {kind: full, r: 4}\ndataset_name: a\nreward_funcs: b:c\n",
+            ["family.r", "family.kind full"],
+        ),
+        ("- a\n", ["got list"]),
+        ("x: !!python/name:os.system\n", ["not YAML"]),
+        ("dataset_name: a\n", ["reward_funcs is missing"]),
+    ]:
+        file.write_text(text)
+        refused(klimb("climb", "-c", file), words)
+    refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean run.yaml"])
+
+
+@pytest.fixture
+def planned(klimb, tiny_run, options, tmp_path):
+    """A run that was planned, with a pool of eight prompts."""
+    assert klimb("plan", "-q", *options(tiny_run))[0] == 0
+    return tmp_path / "run"
+
+
+def test_an_output_directory_that_holds_another_run(klimb, tiny_run, options, planned):
+    before = {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()}
+    refused(klimb("climb", "-q", *options(tiny_run)), ["holds another run", "--resume"])
+    assert {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward_funcs": "rewards.py:other"}, ["of another reward"]),
+        ({"dtype": "float64"}, ["of another model"]),
+        ({"max_completion_length": 7}, ["of another max_completion_length"]),
+        ({"plan": "nowhere.parquet"}, ["nowhere.parquet", "no such file"]),
+        ({"plan": "prompts.jsonl"}, ["prompts.jsonl", "Parquet"]),
+        ({"plan_prompts": 2}, ["other prompts"]),
+    ],
+)
+def test_a_pool_from_elsewhere_is_refused(
+    klimb, tiny_run, options, planned, tmp_path, monkeypatch, changes, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text((tmp_path / "rewards.py").read_text() + "\nother = good\n")
+    if "reward_funcs" not in changes:
+        (tmp_path / "rewards.py").write_text(
+            (tmp_path / "rewards.py").read_text().replace("\nother = good\n", "")
+        )
+    settings = {**tiny_run, "output_dir": str(tmp_path / "new"), "plan": str(planned), **changes}
+    refused(klimb("train", "-q", *options(settings)), words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_said_and_what_was_there_is_whole(klimb, tiny_run, options, planned, monkeypatch):
+    import errno
+    import os
+
+    real, left = os.fsync, [40]
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        refused(klimb("train", "-q", "--resume", planned), ["disk is full"])
+    assert not list(planned.rglob("*.tmp"))
+    assert klimb("train", "-q", "--resume", planned)[0] == 0  # room was made
+
+
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(klimb, planned):
+    assert klimb("train", "-q", "--resume", planned)[0] == 0
+    weights = (planned / "policy/adapter_model.safetensors").read_bytes()
+    metrics = (planned / "metrics.jsonl").read_text()
+    *_, before, newest = list_checkpoints(planned / "checkpoints")
+    file = newest / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    status, out, err = klimb("train", "--resume", planned)
+    assert status == 0, err
+    assert str(newest).split("/")[-1] in out.replace("\n", "")
+    assert "corrupt" in out
+    assert (planned / "policy/adapter_model.safetensors").read_bytes() == weights
+    assert len((planned / "metrics.jsonl").read_text().splitlines()) == len(metrics.splitlines())
+    assert before.is_dir()
+
+
+def test_measure_and_sample_refuse_what_they_cannot_do(klimb, tiny_run, options, planned, tmp_path):
+    refused(klimb("measure", planned), ["run/policy", "no such folder"])
+    refused(klimb("measure", tmp_path / "nothing"), ["holds no run"])
+    refused(klimb("measure"), ["dataset_name is missing"])
+    refused(klimb("sample", planned, "--method", "rejection"), ["bound"])
+    refused(klimb("sample", planned, "--method", "gibbs"), ["gibbs", "best_of"])
+    refused(klimb("sample", planned, "--method", "rejection", "--bound", "0.1"), ["the bound 0.1 is not one"])
+    refused(klimb("train", "--resume", tmp_path / "nothing"), ["holds no run"])
+    refused(klimb("train", "--resume", planned, "--max_steps", "9"), ["leave the other options out"])
+    refused(klimb("report", tmp_path), ["without a run"])
+
+
+def test_debug_shows_the_traceback(klimb, monkeypatch):
+    from klimb.cli import main
+
+    monkeypatch.setenv("KLIMB_DEBUG", "1")
+    with pytest.raises(ValueError, match="holds no run"):
+        main(["train", "--resume", "nowhere"])
