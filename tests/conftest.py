@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -80,9 +81,19 @@ def good(completions, **columns):
 '''
 
 
+@pytest.fixture(scope="session")
+def make_run(tiny_model):
+    """Write prompts and a reward into a folder: options of a run there, on the tiny model, of about a second."""
+    return partial(_make_run, tiny_model)
+
+
 @pytest.fixture
-def tiny_run(tiny_model, tmp_path):
-    """Options of a run on the tiny model that takes about a second, in a folder of its own, as a dict."""
+def tiny_run(make_run, tmp_path):
+    """Options of a run in this test's own folder, as a dict."""
+    return make_run(tmp_path)
+
+
+def _make_run(tiny_model, folder):
     rows = [
         {
             "prompt": [{"role": "user", "content": f"write a review of the {thing}"}],
@@ -92,7 +103,7 @@ def tiny_run(tiny_model, tmp_path):
             ["film", "meal", "room", "good", "bad", "great", "poor", "fine", "kind", "warm", "cold", "very"]
         )
     ]
-    data, reward = tmp_path / "prompts.jsonl", tmp_path / "rewards.py"
+    data, reward = folder / "prompts.jsonl", folder / "rewards.py"
     data.write_text("\n".join(map(json.dumps, rows)))
     reward.write_text(REWARD)
     return {
@@ -112,7 +123,7 @@ def tiny_run(tiny_model, tmp_path):
         "save_steps": 2,
         "measure_prompts": 4,
         "measure_draws": 32,
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
     }
 
 
@@ -130,7 +141,7 @@ def klimb(capsys):
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def options():
     """A dict as options of the command line; None is null, lists are JSON."""
 

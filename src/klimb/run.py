@@ -264,6 +264,11 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
             f"num_plan_draws is {config.num_plan_draws}; plan with more draws, or a smaller budget"
         )
     loaded = prepare(config)
+    if "train" in verbs and config.prompts_per_step > len(loaded.train_examples):
+        raise ValueError(
+            f"prompts_per_step {config.prompts_per_step} is more than the {len(loaded.train_examples)} prompts there "
+            "are; use fewer a step"
+        )
     if resume:
         written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         store.create_run(path, config=written, resume=True)
@@ -582,11 +587,6 @@ def _trained(
         limit = max(Replay().limit, pool.draws.num_draws)
         state = TrainState(replay=Replay(limit=limit).extended(pool))
         examples = list(pool.draws.examples)  # only of these something is kept
-    if config.prompts_per_step > len(examples):
-        raise ValueError(
-            f"prompts_per_step {config.prompts_per_step} is more than the {len(examples)} prompts there are; "
-            "use fewer a step"
-        )
     average = [m.detach().clone() for m in masters(optimizer)] if config.average_weights else []
     checkpoints, metrics = path / "checkpoints", path / "metrics.jsonl"
     if resume and store.list_checkpoints(checkpoints):

@@ -1,5 +1,7 @@
 """The report of a run: it says what is there and what is not, opens offline, and holds untrusted text inert."""
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -16,9 +18,8 @@ import torch
 from klimb import store
 from klimb.data import Draws, Example
 from klimb.report import draws as report_draws
+from klimb.report import figures, page, words, write_report
 from klimb.report import found as report_found
-from klimb.report import words, write_report
-from klimb.report.page import render
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -171,6 +172,10 @@ def make_run(run, *, steps=60, size=(24, 16), measured=True, text=None):
     return run
 
 
+def hash_of(script):
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 class Page(HTMLParser):
     """Rows of the table of draws, texts of all elements, and every tag with its attributes."""
 
@@ -206,6 +211,10 @@ def whole(tmp_path_factory):
 
 def charts_of(page):
     return json.loads(re.search(r'id="charts">(.*?)</script>', page, re.DOTALL).group(1))
+
+
+def rows_of(spec, layer):
+    return spec["datasets"][layer.get("data", spec.get("data"))["name"]]
 
 
 # A whole run.
@@ -248,15 +257,10 @@ def test_nothing_is_fetched_from_anywhere(whole):
 
 
 def test_the_policy_of_the_page_names_exactly_its_own_scripts(whole):
-    import base64
-    import hashlib
-
     page = whole[1]
     named = re.findall(r"'(sha256-[^']+)'", page[: page.index("<body>")])
     found = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    assert [
-        "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found
-    ] == named
+    assert [hash_of(script) for script in found] == named
     assert len(named) == 2
     assert "'unsafe-inline'" not in re.search(r"script-src[^\"]*", page).group(0)
 
@@ -321,7 +325,7 @@ def test_the_charts_are_drawn_without_a_warning(whole, capfd):
 
 def test_the_frontier_shows_what_was_planned_and_reached(whole):
     spec = charts_of(whole[1])["frontier"]
-    rows = [row for layer in spec["layer"] for row in layer["data"]["values"]]
+    rows = [row for layer in spec["layer"] for row in rows_of(spec, layer)]
     marks = {row["name"]: row for row in rows if "kind" in row}
     assert (marks["reference"]["kl"], marks["reference"]["reward"]) == (0, 0.3)
     assert [name for name in marks if name.startswith("best of")] == [f"best of {n}" for n in (2, 4, 8, 16)]
@@ -332,16 +336,17 @@ def test_the_frontier_shows_what_was_planned_and_reached(whole):
 
 
 def test_what_is_not_trusted_is_hatched_and_dashed_and_only_that(whole):
-    layers = charts_of(whole[1])["frontier"]["layer"]
+    spec = charts_of(whole[1])["frontier"]
+    layers = spec["layer"]
     plan = make_plan()
     border = max(point["kl"]["value"] for point in plan["frontier"] if point["reliable"])
-    (hatch,) = [layer for layer in layers if "kl2" in layer["data"]["values"][0]]
-    strokes = hatch["data"]["values"]
+    (hatch,) = [layer for layer in layers if "kl2" in rows_of(spec, layer)[0]]
+    strokes = rows_of(spec, hatch)
     assert len(strokes) > 10
     assert min(stroke["kl"] for stroke in strokes) >= border
     assert max(stroke["kl2"] for stroke in strokes) <= plan["frontier"][-1]["kl"]["value"] + 1e-9
     (line,) = [layer for layer in layers if layer["mark"]["type"] == "line"]
-    for row in line["data"]["values"]:
+    for row in rows_of(spec, line):
         assert row["trusted"] == (row["kl"] <= border) or row["kl"] == border
     assert any("not trusted" in str(layer["encoding"].get("text")) for layer in layers)
 
@@ -351,10 +356,8 @@ def test_a_glitch_in_the_middle_leaves_the_rest_trusted():
     for i, point in enumerate(plan["frontier"]):
         point["reliable"] = i != 4
     points = report_found.frontier(found_with(plan=plan))
-    from klimb.report.figures import _curve
-
     trusted = {}
-    for row in _curve(points):
+    for row in figures._curve(points):
         trusted.setdefault(row["piece"], []).append((row["trusted"], row["kl"]))
     kl = [point["kl"]["value"] for point in plan["frontier"]]
     assert [[x for _, x in piece] for piece in trusted.values()] == [kl[:4], kl[3:6], kl[5:]]
@@ -363,24 +366,18 @@ def test_a_glitch_in_the_middle_leaves_the_rest_trusted():
 
 def test_steps_that_only_replay_are_left_out_and_evaluations_are_shown(whole):
     spec = charts_of(whole[1])["reward"]
-    drawn = spec["layer"][0]["data"]["values"]
+    drawn = rows_of(spec, spec["layer"][0])
     assert [row["step"] for row in drawn] == list(range(2, 61))
-    tested = spec["layer"][-1]["data"]["values"]
+    tested = rows_of(spec, spec["layer"][-1])
     assert [row["step"] for row in tested] == [10, 20, 30, 40, 50, 60]
 
 
 def test_the_time_sums_up(whole):
-    spent = report_found_seconds(whole[0])
+    spent = figures.seconds_spent(report_found.read_run(whole[0]))
     assert list(spent) == ["update", "draw", "score"]
     assert spent["update"] == pytest.approx(360)
     assert spent["score"] == pytest.approx(198)
     assert "seconds in 60 steps" in whole[2].text
-
-
-def report_found_seconds(run):
-    from klimb.report.figures import seconds_spent
-
-    return seconds_spent(report_found.read_run(run))
 
 
 def test_the_prediction_between_two_points_of_the_grid():
@@ -416,7 +413,7 @@ def test_a_run_that_only_planned(tmp_path):
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "Nothing has been trained yet." in text
     assert (
-        "The best policy at beta 0.1 would earn 0.58 [0.54 to 0.61] against the reference's 0.30 [0.28 to 0.32]"
+        "The best policy at beta 0.1 would earn 0.58 [0.55 to 0.62]; the reference earns 0.30 [0.28 to 0.32]."
         in text
     )
     for missing in (
@@ -435,7 +432,7 @@ def test_a_run_that_is_not_measured(tmp_path):
     run = make_run(tmp_path / "run", steps=20, size=(8, 8), measured=False)
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert re.search(
-        r"trained for 20 steps: reward from \S+ \[.*?\] to \S+ \[.*?\]\. It has not been measured yet",
+        r"trained for 20 steps: reward from \S+ \[.*?\] to \S+ \[.*?\]\.\s+It has not been measured yet",
         page.text,
     )
     shown = [attributes["data-who"] for attributes, _ in page.rows]
@@ -455,7 +452,7 @@ def test_every_step_only_replayed(tmp_path):
     store.append_jsonl(tmp_path / "metrics.jsonl", {"step": 1, "estimates": {}, "seconds": {"update": 2.0}})
     text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
     assert "No step has drawn from the policy yet" in text
-    assert "trained for 1 steps. It has not" in text.replace("1 step.", "1 steps.")
+    assert "trained for 1 step." in text
 
 
 def test_no_run_is_an_error(tmp_path):
@@ -468,12 +465,9 @@ def test_no_run_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("module", "name"), [("altair", "altair"), ("vl_convert", "vl-convert")])
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch, module, name):
-    from klimb.report import page
-
     store.write_json(tmp_path / "plan.json", make_plan())
-    page._bundle.cache_clear()
-    if module == "altair":
-        monkeypatch.setattr(page, "_bundle", lambda: "")
+    bundle = page._bundle.__wrapped__ if module == "vl_convert" else lambda: ""  # not the one made before
+    monkeypatch.setattr(page, "_bundle", bundle)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"{name}, which is not installed: pip install 'klimb\[report\]'"):
         write_report(tmp_path)
@@ -493,8 +487,8 @@ def test_a_torn_draws_file_is_named(tmp_path):
 def test_doubt_is_said():
     doubtful = est(0.62, 0.07, warnings=["unreliable: needs about 92 draws a prompt, has 32"])
     found = found_with(measurement={**MEASUREMENT, "attained": doubtful})
-    assert "62 % [55 to 69] (unreliable)" in words.headline(found)
-    text = Page(render(found)).text
+    assert "62 % [55 to 69] (unreliable)" in words.headline(found)[0]
+    text = Page(page.render(found)).text
     assert "⚠ unreliable" in text
     assert "needs about 92 draws a prompt, has 32" in text
 
@@ -509,18 +503,16 @@ def test_doubt_is_said():
     ],
 )
 def test_headlines_of_other_runs(attained, sentence):
-    assert sentence in words.headline(found_with(measurement={**MEASUREMENT, "attained": attained}))
+    assert sentence in words.headline(found_with(measurement={**MEASUREMENT, "attained": attained}))[0]
 
 
 def test_numbers_that_are_not_there_draw_nothing():
-    from klimb.report.figures import frontier_chart, step_charts, time_chart
-
     nothing = {"value": None, "low": None, "high": None, "n": 0, "warnings": []}
     steps = [{"step": 1, "estimates": {"reward": nothing, "kl": math.inf}}, {"step": 2}]
     found = found_with(plan={"frontier": [{"reward": nothing, "kl": 1.0}, None]}, steps=steps)
-    assert frontier_chart(found) is None
-    assert step_charts(found) == {}
-    assert time_chart(found) is None
+    assert figures.frontier_chart(found) is None
+    assert figures.step_charts(found) == {}
+    assert figures.time_chart(found) is None
 
 
 # Draws and sizes.
@@ -542,8 +534,8 @@ def test_the_best_and_the_worst_of_every_prompt_come_first(tmp_path):
     flat = sorted(reward.flatten().tolist())
     extreme = [row.reward for row in table.rows if row.extreme]
     assert extreme == [*reversed(flat[-10:]), *reversed(flat[:10])]
-    mutant = [row.prompt_id for row in table.rows][:60]  # the best of all alone leave prompts out
-    assert len(set(mutant)) < 30 <= len(kept)
+    of_all = [*flat[:50], *flat[-50:]]  # the mutant: the best and worst of all leave out some prompt's own
+    assert not all({r.max().item(), r.min().item()} <= set(of_all) for r in reward)
 
 
 def test_held_out_draws_go_before_those_of_training(tmp_path):
@@ -553,12 +545,12 @@ def test_held_out_draws_go_before_those_of_training(tmp_path):
 
 
 def test_a_page_of_a_large_run_stays_below_three_megabytes(tmp_path):
-    run = make_run(tmp_path / "run", steps=3000, size=(500, 24), text="<&\"' \x00\u202eé" * 400)
+    run = make_run(tmp_path / "run", steps=2000, size=(200, 12), text="<&\"' \x00\u202eé" * 400)
     (run / "config.yaml").write_text("x: " + "&" * 300_000)
     page = write_report(run)
     assert page.stat().st_size <= 3_000_000
     parsed = Page(page.read_text(encoding="utf-8"))
-    assert 500 < len(parsed.rows) <= 2000
+    assert 300 < len(parsed.rows) <= 2000
     assert "␀" in parsed.text
     assert "\x00" not in parsed.text
     assert "more characters" in parsed.text
@@ -575,30 +567,34 @@ def test_two_thousand_plain_draws_are_all_there(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_it_opens_from_a_file_and_draws_its_charts(whole, tmp_path):
-    run = whole[0]
+def test_in_a_browser_it_draws_filters_and_runs_nothing_else(whole, tmp_path):
+    """Opened from a file: five charts, a search that finds what was typed, and no script that klimb did not write."""
+    typed = "filters.elements.search.value = 'NUMBER 3-7'; filters.elements.search.dispatchEvent(new Event('input'));"
+    allowed = f"script-src '{hash_of(typed)}'"  # the test's own hand on the page
+    stolen = "<script>document.title = 'stolen'</script>"
+    page = whole[1].replace("script-src", allowed, 1) + f"{stolen}<script>{typed}</script>"
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    )
     done = subprocess.run(
         [
             CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
+            *flags.split(),
             f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            (run / "report.html").as_uri(),
+            (tmp_path / "report.html").as_uri(),
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert "<title>reviews · klimb report</title>" in done.stdout
     assert done.stdout.count('<svg xmlns="http://www.w3.org/2000/svg"') == 5
-    assert "40 of 768 draws shown" in done.stdout
-    assert "stolen" not in re.search("<title>.*</title>", done.stdout).group(0)
+    rows = Page(done.stdout).rows
+    shown = ["".join(data) for attributes, data in rows if "hidden" not in attributes]
+    assert len(rows) == 768
+    found = sorted(re.findall(r"Number (\S+) of", " ".join(shown)))
+    assert found == ["13-7", "23-7", "3-7"]  # the reference's: the policy's all say the hostile thing
+    assert "3 of 768 draws shown" in done.stdout

@@ -72,8 +72,8 @@ def moved(policy):
 @pytest.mark.parametrize(
     ("family", "name", "dtype", "tolerance"),
     [
-        (lora, "gpt2", torch.float64, 1e-10),  # the one whose norms do not fall back to float32
-        (full, "gpt2", torch.float64, 1e-10),
+        (lora, "gpt2", torch.float64, 1e-12),  # the one whose norms do not fall back to float32
+        (full, "gpt2", torch.float64, 1e-12),
         (lora, "llama_tied", torch.float32, 2e-6),
         (full, "llama_tied", torch.float32, 2e-6),
         (full, "gemma2", torch.float32, 2e-6),
@@ -87,8 +87,7 @@ def test_chunks_change_no_gradient(build, tokenizer, plain, pool, objective, fam
     for how, max_chunk_tokens in CHUNKS.items():
         cut = replace(policy, max_chunk_tokens=max_chunk_tokens)
         got_value, residual = backward(cut, pool, target, objective, scale=SCALE)
-        x = taken(cut); print("REL", family.__name__, name, dtype, how, relative(x, expected), (got_value-value).abs().max().item())
-        assert relative(x, expected) < tolerance, how
+        assert relative(taken(cut), expected) < tolerance, how
         scale = 1e5 * tolerance  # values are sums of squares of some hundred nats
         assert torch.allclose(got_value.double(), value.double(), rtol=10 * tolerance, atol=scale), how
         wanted = pool.log_ref + pool.reward / 0.5 - log_pi

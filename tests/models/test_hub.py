@@ -103,7 +103,7 @@ def test_no_config(folder):
 def test_no_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ValueError, match="expected a local folder with config.json, tokenizer"):
+    with pytest.raises(ValueError, match=r"expected a local folder with config\.json, tokenizer"):
         load_model(str(folder))
 
 
@@ -242,6 +242,7 @@ def test_the_real_packaged_model_knows_the_capital_of_france(tmp_path, monkeypat
     policy = CausalPolicy(model, tokenizer)
     example = Example([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
     assert tokenizer.decode(policy.render(example)).endswith("<|im_start|>assistant\n")
+    ids = [*policy.render(example), *tokenizer("The capital of France is")["input_ids"]]
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([policy.render(example)])).logits[0, -1]
-    assert "Paris" in tokenizer.decode(logits.topk(5).indices)
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    assert tokenizer.decode(logits.argmax()) == " Paris"

@@ -120,7 +120,7 @@ def test_importance_weights_of_tempered_draws_sum_the_space(letters_policy, exam
     error = weights.std(1) / math.sqrt(10_000)
     assert ((weights.mean(1) - 1).abs() < 4 * error).all()
     assert (error < 0.02).all()
-    cut = short(letters_policy, examples, 10_000, generator=seeded(3), top_p=0.7)
+    cut = short(letters_policy, examples, 2000, generator=seeded(3), top_p=0.7)
     with torch.no_grad():
         weights = (cut.sequence_sums(letters_policy.log_prob(cut)) - cut.log_q).exp().double()
     assert (weights.mean(1) < 0.95).all()  # mutant: what top-p never draws is missing
@@ -184,7 +184,7 @@ def test_best_of_one_is_the_sampler(letters_policy, examples):
 
 def test_best_of_has_its_law_and_not_that_of_the_tilted_reward(letters_policy, enumerated, texts, examples):
     n = 3
-    best = best_of(letters_policy, examples, 5000, generator=seeded(6), sampler=short, reward=count_x, n=n)
+    best = best_of(letters_policy, examples, 3000, generator=seeded(6), sampler=short, reward=count_x, n=n)
     for p, example in enumerate(examples):
         keys, exact = enumerated(letters_policy, example, 2)
         rewards = torch.tensor(count_x(texts(keys)), dtype=torch.float64)
@@ -220,8 +220,8 @@ def reject(target, examples, num_draws, *, sampler=short, bound=2.0, batch=2000,
 
 
 def test_rejection_draws_from_the_target(letters_policy, enumerated, texts, examples, target):
-    draws = reject(target, examples, 5000)
-    reference = short(letters_policy, examples, 5000, generator=seeded(8))
+    draws = reject(target, examples, 2500)
+    reference = short(letters_policy, examples, 2500, generator=seeded(8))
     assert draws.full_support
     assert draws.log_q is None
     for p, example in enumerate(examples):

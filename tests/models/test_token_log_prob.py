@@ -73,7 +73,7 @@ def test_gradcheck(kind, trained):
     hidden, head, tokens = make(kind, trained=trained, shape=(5, 3, 4))
 
     def function(hidden, *rest):
-        weight, bias = (rest + (head.bias,))[:2] if trained else (head.weight, head.bias)
+        weight, bias = (*rest, head.bias)[:2] if trained else (head.weight, head.bias)
         return token_log_prob(hidden, Head(weight, bias, head.scale, head.softcap), tokens, rows=2)
 
     assert torch.autograd.gradcheck(function, tuple(leaves(hidden, head)))

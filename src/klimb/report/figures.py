@@ -34,6 +34,7 @@ Spec = dict[str, Any]
 MAX_POINTS = 300
 """of a line; more are thinned, a screen has not more to show"""
 MAX_BARS = 100
+HEIGHT = 400
 
 
 def frontier_chart(found: Found) -> Spec | None:
@@ -76,8 +77,8 @@ def frontier_chart(found: Found) -> Spec | None:
             last = max((row for row in curve if not row["trusted"]), key=lambda row: row["kl"])
             layers.append(
                 _chart(alt, [last])
-                .mark_text(align="right", baseline="top", dy=12, fontStyle="italic", fill="var(--muted)")
-                .encode(x=x, y="low:Q", text=alt.value("not trusted: too few draws"))
+                .mark_text(align="right", fontStyle="italic", fill="var(--muted)")
+                .encode(x=x, y=alt.value(HEIGHT - 10), text=alt.value("hatched: not trusted, too few draws"))
             )
     if marks:
         kinds = list(dict.fromkeys(mark["what"] for mark in marks))
@@ -98,7 +99,9 @@ def frontier_chart(found: Found) -> Spec | None:
             bars.mark_text(align="left", dx=8, dy=11, fill="var(--muted)").encode(x=x, y=y, text="label:N"),
         ]
     return _finished(
-        alt.layer(*layers), 400, "The predicted frontier of reward against KL, with what was reached on it."
+        alt.layer(*layers),
+        HEIGHT,
+        "The predicted frontier of reward against KL in nats, with what was reached; the same in numbers below.",
     )
 
 
@@ -251,17 +254,17 @@ def _step_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said:
         layers += [
             base.mark_area(fill="var(--accent)", fillOpacity=0.18).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"),
             base.mark_line(stroke="var(--accent)", strokeWidth=2).encode(x=x, y=y),
-            base.mark_point(fill="var(--accent)", size=18, opacity=1 if len(drawn) <= 60 else 0).encode(
-                x=x, y=y, tooltip=tips
-            ),
+            base.mark_point(
+                fill="var(--accent)", strokeWidth=0, size=18, opacity=1 if len(drawn) <= 60 else 0
+            ).encode(x=x, y=y, tooltip=tips),
         ]
     if tested:
         base = _chart(alt, tested)
         layers += [
             base.mark_rule(stroke="var(--red)", strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"),
-            base.mark_point(shape="diamond", fill="var(--red)", size=90, opacity=1).encode(
-                x=x, y=y, tooltip=tips
-            ),
+            base.mark_point(
+                shape="diamond", fill="var(--red)", stroke="var(--paper)", size=90, opacity=1
+            ).encode(x=x, y=y, tooltip=tips),
         ]
     return _finished(alt.layer(*layers), 220, said)
 
@@ -301,6 +304,7 @@ def time_chart(found: Found) -> Spec | None:
             else f"{first:,.0f} to {first + len(stretch) - 1:,.0f}",
             "place": place,
             "part": part,
+            "rank": parts.index(part),
             "seconds": sum(as_number((r.get("seconds") or {}).get(part)) or 0.0 for r in stretch)
             / len(stretch),
         }
@@ -332,16 +336,27 @@ def time_chart(found: Found) -> Spec | None:
                 sort=parts,
                 scale=alt.Scale(domain=parts, range=[colours[i % len(colours)] for i in range(len(parts))]),
             ),
-            order=alt.Order("part:N", sort="ascending"),
+            order=alt.Order("rank:Q"),  # as in the legend
             tooltip=_tooltip(alt, "steps", "part", "seconds"),
         )
     )
-    return _finished(chart, 220, "Seconds of each training step, by what they were spent on.")
+    return _finished(
+        chart, 220, "Seconds of each training step, by what they were spent on; the sums stand above."
+    )
 
 
 def _finished(chart: Any, height: int, said: str) -> Spec:
-    """One size and one look for all of them."""
+    """One size and one look for all of them; rows that several layers show are written once."""
     spec = chart.properties(width="container", height=height, description=said).to_dict()
+    rows: list[Any] = []
+    for part in [spec, *spec.get("layer", [])]:
+        if "data" not in part:
+            continue  # rows that all layers share stand at the top already
+        values = part["data"]["values"]
+        if values not in rows:
+            rows.append(values)
+        part["data"] = {"name": f"rows-{rows.index(values)}"}
+    spec["datasets"] = {f"rows-{i}": values for i, values in enumerate(rows)}
     words = {"labelColor": "var(--muted)", "titleColor": "var(--ink)", "labelFont": FONT, "titleFont": FONT}
     spec["config"] = {
         "background": "transparent",
@@ -362,7 +377,7 @@ def _finished(chart: Any, height: int, said: str) -> Spec:
         "legend": {
             "orient": "top",
             "direction": "horizontal",
-            "columns": 3,
+            "columns": {"expr": "width < 760 ? 1 : 3"},
             "labelColor": "var(--ink)",
             "labelFont": FONT,
             "labelFontSize": 12,

@@ -94,8 +94,9 @@ def read_run(run: str | Path) -> Found:
 
 def as_number(value: object) -> float | None:
     """A finite number, or None."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def as_estimate(value: object) -> Estimate | None:
@@ -107,7 +108,7 @@ def as_estimate(value: object) -> Estimate | None:
         >>> as_estimate({"value": None}) is None
         True
     """
-    written = value if isinstance(value, Mapping) else {"value": value}
+    written: Mapping[str, Any] = value if isinstance(value, Mapping) else {"value": value}
     centre, low, high = (as_number(written.get(key)) for key in ("value", "low", "high"))
     if centre is None:
         return None
@@ -164,24 +165,25 @@ def predicted(found: Found) -> Point | None:
     None where the plan has no beta, or one outside its grid.
     """
     beta, _ = chosen_beta(found)
-    grid = sorted((p for p in frontier(found) if p.beta), key=lambda p: p.beta or 0)
-    if not grid or not beta or not grid[0].beta <= beta * (1 + 1e-9) <= grid[-1].beta * (1 + 2e-9):
+    grid = sorted(((p.beta, p) for p in frontier(found) if p.beta), key=lambda pair: pair[0])
+    if not grid or not beta or not grid[0][0] * (1 - 1e-9) <= beta <= grid[-1][0] * (1 + 1e-9):
         return None
-    at = np.log([p.beta for p in grid])
-    above = min(int(np.searchsorted(at, math.log(beta) - 1e-9)), len(grid) - 1)
-    nearest = grid[above]
-    trusted = nearest.reliable and grid[max(above - 1, 0)].reliable
+    logs = np.log([b for b, _ in grid])
+    at = math.log(beta)
+    near = np.abs(logs - at) < 1e-9
+    first = int(np.argmax(near)) if near.any() else int(np.searchsorted(logs, at)) - 1
+    beside = [p for _, p in grid[first : first + (1 if near.any() else 2)]]
 
     def between(name: str) -> Estimate:
-        estimates = [getattr(p, name) for p in grid]
+        estimates = [getattr(p, name) for _, p in grid]
         value, low, high = (
-            float(np.interp(math.log(beta), at, [getattr(e, end) for e in estimates]))
+            float(np.interp(at, logs, [getattr(e, end) for e in estimates]))
             for end in ("value", "low", "high")
         )
-        here: Estimate = getattr(nearest, name)
-        return Estimate(value, low, high, here.n, here.warnings)
+        said = dict.fromkeys(warning for p in beside for warning in getattr(p, name).warnings)
+        return Estimate(value, low, high, getattr(beside[0], name).n, tuple(said))
 
-    return Point(between("reward"), between("kl"), beta, reliable=trusted)
+    return Point(between("reward"), between("kl"), beta, reliable=all(p.reliable for p in beside))
 
 
 def evaluation(record: Mapping[str, Any], name: str) -> Estimate | None:

@@ -72,6 +72,7 @@ def render(found: Found) -> str:
     table = draw_table(found.draws)
     prompts = {row.prompt_id: row.prompt for row in table.rows}
     spent = seconds_spent(found)
+    headline, lede = words.headline(found)
     charts: dict[str, Spec | None] = {
         "frontier": frontier_chart(found),
         **step_charts(found),
@@ -87,11 +88,12 @@ def render(found: Found) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": words.number, "short": words.short, "both": words.both}
-    environment.filters |= {"visible": words.visible}
+    environment.filters |= {"visible": words.visible, "counted": words.counted}
     return environment.get_template("page.html").render(
         found=found,
         name=found.path.resolve().name,
-        headline=words.headline(found),
+        headline=headline,
+        lede=lede,
         diagnosis=found.measurement.get("diagnosis") or {},
         beta=beta,
         why=why,
@@ -146,8 +148,8 @@ def figures_of(found: Found) -> list[Figure]:
         best = predicted(found)
         found_here = [
             ("Reference reward", reference_reward(found), "", "before any training"),
-            ("Best policy's reward", best and best.reward, "", "predicted, at the chosen beta"),
-            ("Best policy's KL", best and best.kl, "nats", "predicted, to the reference"),
+            ("Best policy's reward", best.reward if best else None, "", "predicted, at the chosen beta"),
+            ("Best policy's KL", best.kl if best else None, "nats", "predicted, to the reference"),
         ]
     return [_figure(label, e, unit, said) for label, e, unit, said in found_here if e is not None]
 
@@ -192,7 +194,7 @@ def _bundle() -> str:
         raise ValueError(
             "the report draws its charts with vl-convert, which is not installed: pip install 'klimb[report]'"
         ) from error
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     assert "</script" not in bundle.lower()
     assert "<!--" not in bundle
     return bundle

@@ -62,35 +62,44 @@ def both(e: Estimate | None, *, percent: bool = False) -> str:
     return " ".join(part for part in said if part)
 
 
-def headline(found: Found) -> str:
-    """One sentence: how far the run has come."""
+def headline(found: Found) -> tuple[str, str]:
+    """One sentence that says how far the run has come, and what else has to be said at once (or nothing)."""
     beta, _ = chosen_beta(found)
     of_beta = f" at beta {short(beta)}" if beta else ""
     if found.measurement:
         attained = as_estimate(found.measurement.get("attained"))
         if attained is None:
-            return f"The policy was measured; how far the best policy{of_beta} still is cannot be told."
+            return f"The policy was measured; how far the best policy{of_beta} still is cannot be told.", ""
         share = both(attained, percent=True)
         if attained.value <= 0:
-            return f"The policy has come no nearer to the best policy{of_beta}: share attained {share}."
-        return f"The policy went {share} of the way from the reference to the best policy{of_beta}."
+            return f"The policy has come no nearer to the best policy{of_beta}: share attained {share}.", ""
+        return f"The policy went {share} of the way from the reference to the best policy{of_beta}.", ""
     rewards = [as_estimate((record.get("estimates") or {}).get("reward")) for record in found.steps]
     rewards = [reward for reward in rewards if reward is not None]
     if found.steps:
-        steps = f"The policy has trained for {len(found.steps):,} steps"
+        said = f"The policy has trained for {counted(len(found.steps), 'step')}"
         if len(rewards) > 1:
-            steps += f": reward from {both(rewards[0])} to {both(rewards[-1])}"
-        return f"{steps}. It has not been measured yet."
+            said += f": reward from {both(rewards[0])} to {both(rewards[-1])}"
+        return f"{said}.", "It has not been measured yet."
     best, start = predicted(found), reference_reward(found)
     if best is not None:
-        doubt = "" if best.reliable or not best.reward.reliable else " (unreliable)"
         return (
-            f"The best policy{of_beta} would earn {both(best.reward)}{doubt} against the reference's {both(start)}, "
-            f"for {both(best.kl)} nats of KL. Nothing has been trained yet."
+            f"The best policy{of_beta} would earn {both(best.reward)}; the reference earns {both(start)}.",
+            f"It would spend {both(best.kl)} nats of KL. Nothing has been trained yet.",
         )
     if start is not None:
-        return f"The reference earns {both(start)}. Nothing has been trained yet."
-    return "This run has only begun: nothing has been planned, trained or measured yet."
+        return f"The reference earns {both(start)}.", "Nothing has been trained yet."
+    return "This run has only begun: nothing has been planned, trained or measured yet.", ""
+
+
+def counted(count: int, thing: str) -> str:
+    """So many things.
+
+    Example:
+        >>> counted(1, "step"), counted(2000, "step")
+        ('1 step', '2,000 steps')
+    """
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def visible(text: object) -> str:

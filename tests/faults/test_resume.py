@@ -1,0 +1,223 @@
+"""A run killed at any moment and resumed ends in the numbers of one never killed, bit by bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from klimb import run as edge
+from klimb.config import load
+from klimb.run import Watch, climb, run_train
+from klimb.store import load_latest_checkpoint, read_draws, read_jsonl
+
+SEED = 20  # of the moments to kill at
+PRELOAD = ["klimb.run", "peft", "transformers.models.llama.modeling_llama"]
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    monkeypatch.setattr(edge, "report", lambda path: None)
+
+
+@pytest.fixture(scope="module")
+def settings(make_run, options, tmp_path_factory):
+    """Everything that a checkpoint has to remember plays a part: average, warm-up, replay, passes over the data."""
+    changes = {
+        "max_steps": 8,
+        "save_steps": 3,
+        "prompts_per_step": 3,
+        "average_weights": 0.5,
+        "warmup_steps": 2,
+        "replay_steps": 1,
+    }
+    return load(None, options({**make_run(tmp_path_factory.mktemp("resume")), **changes}))
+
+
+def at(settings, folder):
+    return settings.model_copy(update={"output_dir": str(folder)})
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run never stopped, measured too."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    child(at(settings, folder), resume=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_steps(settings, tmp_path_factory):
+    """A run that was asked to stop after four of its eight steps."""
+    seen = []
+    watch = Watch(
+        event=lambda kind, record: seen.append(kind) if kind == "step" else None, stop=lambda: len(seen) == 4
+    )
+    outcome = run_train(at(settings, tmp_path_factory.mktemp("four") / "run"), watch=watch)
+    assert (outcome.step, outcome.interrupted) == (4, True)
+    return outcome.path
+
+
+@pytest.fixture
+def interrupted(four_steps, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(four_steps, tmp_path / "run"))
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    return at(settings, tmp_path / "run")
+
+
+def steps_of(run):
+    return [{**record, "seconds": None} for record in read_jsonl(run / "metrics.jsonl")]
+
+
+def everything(run):
+    """All that must not depend on kills: metrics without timings, weights, state, draws, certificate."""
+    newest = load_latest_checkpoint(run / "checkpoints")
+    assert newest.warnings == []
+    return {
+        "metrics": steps_of(run),
+        "policy": (run / "policy/adapter_model.safetensors").read_bytes(),
+        "checkpoint": {name: t.numpy().tobytes() for name, t in newest.tensors.items()},
+        "state": newest.state,
+        "draws": {
+            path.name: [
+                read_draws(path).draws.texts,
+                read_draws(path).reward.tolist(),
+                read_draws(path).log_ref.tolist(),
+            ]
+            for path in sorted((run / "draws").iterdir())
+        },
+        "measure": json.loads((run / "measure.json").read_text())
+        if (run / "measure.json").exists()
+        else None,
+        "files": sorted(str(p.relative_to(run)) for p in run.rglob("*")),
+    }
+
+
+def child(config, resume):
+    """Plan, train and measure, without the page."""
+    torch.set_num_threads(1)
+    drawn, edge.report = edge.report, lambda path: None
+    climb(config, resume=resume)
+    edge.report = drawn
+
+
+def test_killed_at_random_moments(config, whole, tmp_path):
+    never_killed, killed = everything(whole), tmp_path / "run"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    moments = random.Random(SEED)
+    kills, was_at = 0, []
+    for steps in (0, 1, 4, 7):  # after so many records, and a random moment more
+        resume = (killed / "config.yaml").is_file()
+        process = processes.Process(target=child, args=(config, resume))
+        process.start()
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline:
+            there = (
+                (killed / "metrics.jsonl").read_bytes().count(b"\n")
+                if (killed / "metrics.jsonl").exists()
+                else 0
+            )
+            if there >= steps and (killed / "config.yaml").is_file():
+                time.sleep(moments.uniform(0, 0.05))
+                break
+            time.sleep(0.001)
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        was_at.append(len(read_jsonl(killed / "metrics.jsonl")) if (killed / "metrics.jsonl").exists() else 0)
+    assert kills >= 3, was_at
+    process = processes.Process(target=child, args=(config, True))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+    after = everything(killed)
+    for name, value in never_killed.items():
+        assert after[name] == value, (name, was_at)
+
+
+def test_asked_to_stop_and_resumed(config, interrupted, whole):
+    assert not (interrupted / "policy").exists()
+    outcome = climb(config, resume=True)
+    assert (outcome.step, outcome.interrupted) == (8, False)
+    a, b = everything(interrupted), everything(whole)
+    a.pop("files"), b.pop("files")  # other checkpoints were written
+    assert a == b
+
+
+# what a checkpoint would have to forget: every piece is needed for the same end
+FORGETS = {
+    "generator": lambda c: replace(
+        c, tensors={**c.tensors, "generator": torch.Generator().manual_seed(1).get_state()}
+    ),
+    "weights": lambda c: replace(c, tensors=scaled(c, "weights.")),
+    "average": lambda c: replace(c, tensors=scaled(c, "average.")),
+    "optimizer": lambda c: replace(c, tensors=scaled(c, "optimizer.")),
+    "order": lambda c: replace(c, state={**c.state, "order": c.state["order"][::-1]}),
+    "scheduler": lambda c: replace(
+        c, state={**c.state, "scheduler": {**c.state["scheduler"], "last_epoch": 0}}
+    ),
+    "replay": lambda c: replace(
+        c,
+        tensors={**c.tensors, "replay.numbers": c.tensors["replay.numbers"].flip(0)},
+    ),
+}
+
+
+def scaled(checkpoint, prefix):
+    return {n: t * 1.5 if n.startswith(prefix) else t for n, t in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize("piece", FORGETS)
+def test_a_checkpoint_that_forgets_a_piece_ends_elsewhere(config, interrupted, whole, monkeypatch, piece):
+    real = edge.store.load_latest_checkpoint
+    monkeypatch.setattr(edge.store, "load_latest_checkpoint", lambda folder: FORGETS[piece](real(folder)))
+    run_train(config, resume=True)
+    files = [run / "policy/adapter_model.safetensors" for run in (interrupted, whole)]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_what_came_after_the_checkpoint_is_removed_before_anything_new_is_written(config, interrupted, whole):
+    """The moment after a step was written down and before its checkpoint was, made by hand."""
+    shutil.rmtree(interrupted / "checkpoints/step-000004")
+    assert len(steps_of(interrupted)) == 4  # the checkpoint is of step 3
+    assert run_train(config, resume=True).step == 8
+    assert steps_of(interrupted) == steps_of(whole)
+    assert [r["step"] for r in steps_of(interrupted)] == list(range(1, 9))
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(klimb, config, whole, tmp_path, monkeypatch):
+    real = edge.store.append_jsonl
+
+    def interrupted_at_three(path, *records):
+        real(path, *records)
+        if records[0]["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config.model_dump()))  # JSON is YAML
+    monkeypatch.setattr(edge.store, "append_jsonl", interrupted_at_three)
+    status, _, err = klimb("train", "-q", "-c", file)
+    monkeypatch.undo()
+    run = tmp_path / "run"
+    assert status == 130
+    assert f"klimb train --resume {run}" in err
+    assert [record["step"] for record in steps_of(run)] == [1, 2]
+    monkeypatch.setattr(edge, "report", lambda path: None)
+    assert klimb("train", "-q", "--resume", run)[0] == 0
+    assert (run / "policy/adapter_model.safetensors").read_bytes() == (
+        whole / "policy/adapter_model.safetensors"
+    ).read_bytes()
