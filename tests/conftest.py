@@ -94,14 +94,13 @@ def tiny_run(make_run, tmp_path):
 
 
 def _make_run(tiny_model, folder):
+    things = [f"{kind} {thing}" for kind in WORDS[9:17] for thing in ("film", "meal", "room")]
     rows = [
         {
             "prompt": [{"role": "user", "content": f"write a review of the {thing}"}],
             "split": "test" if i % 3 == 2 else "train",
         }
-        for i, thing in enumerate(
-            ["film", "meal", "room", "good", "bad", "great", "poor", "fine", "kind", "warm", "cold", "very"]
-        )
+        for i, thing in enumerate(things)
     ]
     data, reward = folder / "prompts.jsonl", folder / "rewards.py"
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -121,7 +120,7 @@ def _make_run(tiny_model, folder):
         "max_completion_length": 6,
         "learning_rate": 0.01,
         "save_steps": 2,
-        "measure_prompts": 4,
+        "measure_prompts": 8,
         "measure_draws": 32,
         "output_dir": str(folder / "run"),
     }

@@ -332,11 +332,11 @@ def _check_names(arguments: Sequence[str]) -> None:
 
 def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str) -> Config:
     given = {**base, **(typed := _parsed(arguments))}
-    families = [x.get("family") for x in (base, typed)]
-    if all(isinstance(family, Mapping) for family in families):
-        kinds = [family.get("kind", "lora") for family in families]
+    written, now = base.get("family"), typed.get("family")
+    if isinstance(written, Mapping) and isinstance(now, Mapping):
         # another kind of family begins from its own defaults
-        given["family"] = {**(families[0] if kinds[0] == kinds[1] else {}), **families[1]}
+        same = now.get("kind") in (None, written.get("kind", "lora"))
+        given["family"] = {**(written if same else {}), **now}
     try:
         return Config.model_validate(given)
     except ValidationError as error:

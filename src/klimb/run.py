@@ -202,16 +202,17 @@ def run_sample(
         )
     loaded = prepare(config, policy_folder=policy_folder)
     target = tilt(loaded.reference, loaded.reward, config.beta or 1.0)  # only rejection looks at beta
-    sampler = loaded.sampler
-    if method == "best_of":
-        sampler = partial(best_of, sampler=loaded.sampler, reward=loaded.reward, n=n)
-    elif method == "rejection":
-        assert bound is not None
-        sampler = partial(rejection, sampler=loaded.sampler, target=target, bound=bound)
+    samplers: dict[str, Any] = {
+        "ancestral": loaded.sampler,
+        "best_of": partial(best_of, sampler=loaded.sampler, reward=loaded.reward, n=n),
+        "rejection": partial(
+            rejection, sampler=loaded.sampler, target=target, bound=math.inf if bound is None else bound
+        ),
+    }
     return sample(
         loaded.test_examples[:limit],
         loaded.policy if method == "ancestral" else loaded.reference,
-        sampler,
+        samplers[method],
         num_draws=num_draws,
         generator=generator_for(config.seed, "sample"),
         target=target,
@@ -324,12 +325,12 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         ValueError: a prompt, reward, model or tracker that is not there or does not fit.
     """
     _check_trackers(config.report_to)
-    columns = {"prompt_column": config.prompt_column}
-    train_examples = load_examples(config.dataset_name, split=config.dataset_train_split, **columns)
+    read = partial(load_examples, config.dataset_name, prompt_column=config.prompt_column)
+    train_examples = read(split=config.dataset_train_split)
     if config.dataset_test_split is None:
         test_examples = train_examples
     else:
-        test_examples = load_examples(config.dataset_name, split=config.dataset_test_split, **columns)
+        test_examples = read(split=config.dataset_test_split)
     reward = weighted_sum([load_reward(name) for name in config.reward_funcs], config.reward_weights)
     policy, reference = _policies(config, policy_folder)
     for example in [*train_examples, *test_examples]:
@@ -340,6 +341,9 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
                 f"{config.max_completion_length} that is longer than the model's context of "
                 f"{min(policy.context_length, reference.context_length)}; shorten one"
             )
+    sampler: Any = partial(
+        ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
+    )
     return Loaded(
         config=config,
         policy=policy,
@@ -347,9 +351,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         reward=reward,
         train_examples=train_examples[: config.plan_prompts],
         test_examples=test_examples,
-        sampler=partial(
-            ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
-        ),
+        sampler=sampler,
         hashes={
             "model": fingerprint(reference),
             "reward": source_hash(reward),
@@ -360,18 +362,19 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
 
 
 def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalPolicy, CausalPolicy]:
-    options = {
+    options: dict[str, Any] = {
         "dtype": None if config.dtype is None else DTYPES[config.dtype],
         "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "trust_remote_code": config.trust_remote_code,
     }
-    sizes = {"max_chunk_tokens": config.max_chunk_tokens}
+    size = config.max_chunk_tokens
     model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
     start = config.family.start if isinstance(config.family, Lora) else None
     if policy_folder is not None and not Path(policy_folder).is_dir():
         raise ValueError(f"{policy_folder}: no such folder; expected a trained policy, such as RUN/policy")
     if policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
-        policy, reference = lora(model, tokenizer, start=policy_folder, **sizes)
+        policy, reference = lora(model, tokenizer, start=policy_folder, max_chunk_tokens=size)
+        assert isinstance(policy.activate, partial)
         wrapped = policy.activate.args[0]
         wrapped.delete_adapter("reference")  # the policy as it ended is not where it started
         if start is not None:
@@ -382,8 +385,8 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
         reference = replace(reference, activate=partial(adapters, wrapped, active=speaks))
     elif policy_folder is not None:
         moved, _ = load_model(str(policy_folder), **options)
-        policy = CausalPolicy(moved, tokenizer, **sizes)
-        reference = CausalPolicy(model, tokenizer, **sizes)
+        policy = CausalPolicy(moved, tokenizer, max_chunk_tokens=size)
+        reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
     elif isinstance(config.family, Lora):
         policy, reference = lora(
             model,
@@ -393,10 +396,10 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
             target_modules=config.family.target_modules,
             start=start,
             seed=config.seed,
-            **sizes,
+            max_chunk_tokens=size,
         )
     else:
-        policy, reference = full(model, tokenizer, **sizes)
+        policy, reference = full(model, tokenizer, max_chunk_tokens=size)
     if config.reference is not None:
         other, words = load_model(config.reference, **options)
         if words.get_vocab() != tokenizer.get_vocab():
@@ -404,7 +407,7 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
                 f"reference {config.reference}: its tokenizer has other words than that of "
                 f"{config.model_name_or_path}; expected a model of the same tokenizer"
             )
-        reference = CausalPolicy(other, words, **sizes)
+        reference = CausalPolicy(other, words, max_chunk_tokens=size)
         if set(reference.end) != set(policy.end):
             raise ValueError(
                 f"reference {config.reference}: completions end with the tokens {sorted(reference.end)}, those of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -23,7 +23,7 @@ EVERY = 5.0
 
 
 @contextmanager
-def watching(console: Console, *, quiet: bool) -> Iterator[Watch]:
+def watching(console: Console, *, quiet: bool) -> Generator[Watch]:
     """A `Watch` that shows what happens; Ctrl-C ends a training after its step, and anything else at once.
 
     A second Ctrl-C ends anything at once.
@@ -57,12 +57,12 @@ def watching(console: Console, *, quiet: bool) -> Iterator[Watch]:
 
 
 @contextmanager
-def _silent(console: Console) -> Iterator[tuple[Any, Any]]:
+def _silent(console: Console) -> Generator[tuple[Any, Any]]:
     yield (lambda what, done, total: None), (lambda kind, record: None)
 
 
 @contextmanager
-def _lines(console: Console) -> Iterator[tuple[Any, Any]]:
+def _lines(console: Console) -> Generator[tuple[Any, Any]]:
     """A line when something begins, every few seconds, when it ends, and for every step."""
     last: dict[str, float] = {}
     began: dict[str, float] = {}
@@ -101,7 +101,7 @@ def _lines(console: Console) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[tuple[Any, Any]]:
+def _bars(console: Console) -> Generator[tuple[Any, Any]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -132,7 +132,14 @@ def train(
         pool = join_pools([part for part in (fresh, kept) if part is not None])
 
         optimizer.zero_grad()
-        value, residual = backward(policy, pool, target, objective, scale=beta / len(batch))
+        value, residual = backward(
+            policy,
+            pool,
+            target,
+            objective,
+            scale=beta / len(batch),
+            num_fresh=0 if fresh is None else num_draws,
+        )
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         if not torch.isfinite(norm):
             raise ValueError(
@@ -196,9 +203,12 @@ def scored(pool: Pool, target: Tilt) -> Scored:
 
 
 def backward(
-    policy: CausalPolicy, pool: Pool, target: Tilt, objective: Objective, *, scale: float
+    policy: CausalPolicy, pool: Pool, target: Tilt, objective: Objective, *, scale: float, num_fresh: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Add scale * the objective's gradient to the parameters' gradients, chunk by chunk.
+
+    The first `num_fresh` draws of each prompt are the policy's own, as it is now: the law they were drawn from is the
+    policy, so their importance weight is exactly 1, whatever a sampler in low precision said of them.
 
     Groups that fit into a chunk are passed once: the objective reads the same log-probabilities that the backward
     pass goes through. A group too large for that is first looked at without gradients, for its coefficients, and
@@ -207,6 +217,11 @@ def backward(
     Returns:
         The objective's value [P], and the residual log_target - log_pi [P, G], nats.
     """
+    if pool.draws.full_support is False:
+        raise ValueError(
+            "these draws come from a law that cannot draw every completion (top-p, filtered, best of n), so what it "
+            "leaves out would go unlearned; draw at temperature 1 without top-p"
+        )
     numbers = {name: x for name, x in vars(scored(pool, target)).items() if isinstance(x, Tensor)}
     values, residuals, start = [], [], 0
     for group in chunks(pool.draws, policy.max_chunk_tokens):
@@ -216,6 +231,10 @@ def backward(
         fits = int(group.lengths.sum()) <= policy.max_chunk_tokens
         with torch.set_grad_enabled(fits):
             log_pi = group.sequence_sums(policy.log_prob(group))
+        own = log_pi.detach()[:, :num_fresh]
+        if "log_q" in part:
+            part["log_q"] = torch.cat([own, part["log_q"][:, num_fresh:]], 1)
+            part["log_w"] = part["log_target"] - part["log_q"]
         arguments = bind(objective, {**part, "log_pi": log_pi.detach()})
         value, tables = coefficients(objective, **arguments)
         table = scale * tables["log_pi"]

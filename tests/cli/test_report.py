@@ -81,7 +81,9 @@ def make_plan(*, num=40):
 MEASUREMENT = {
     "reward": est(0.52, 0.025),
     "kl": est(1.18, 0.11),
+    "beta": 0.1,
     "gap": est(0.061, 0.014),
+    "warnings": ["3 of 96 prompts gave all draws the same reward"],
     "log_z": est(4.1, 0.3),
     "attained": {"value": 0.62, "low": 0.55, "high": 0.69, "n": 2048, "warnings": []},
     "reference": {"reward": est(0.29, 0.02)},
@@ -113,8 +115,11 @@ def make_steps(num):
             "numbers": {"grad_norm": 0.8},
             "seconds": {"draw": 5.3 + noise[2].item(), "score": 3.3, "update": 6.0},
         }
+        if step % 2:
+            record |= record.pop("estimates")  # both are understood
         if step % 10 == 0:
             record["evaluation"] = {"reward": est(0.3 + 0.22 * up, 0.03), "kl": est(1.18 * up, 0.08)}
+            record["evaluation"]["objective"] = est(0.3 + 0.1 * up, 0.03)
         yield record
 
 
@@ -237,6 +242,7 @@ def test_every_estimate_of_the_panel_stands_with_its_interval(whole):
     ):
         assert value in text, value
     assert "Diagnosis: undertrained." in text
+    assert "3 of 96 prompts gave all draws the same reward" in text
 
 
 def test_the_page_is_in_the_run_and_nothing_else_is_left(whole):
@@ -365,6 +371,9 @@ def test_a_glitch_in_the_middle_leaves_the_rest_trusted():
 
 
 def test_steps_that_only_replay_are_left_out_and_evaluations_are_shown(whole):
+    assert (
+        len(charts_of(whole[1])["regularised_reward"]["layer"]) == 5
+    )  # three of the steps, two of evaluations
     spec = charts_of(whole[1])["reward"]
     drawn = rows_of(spec, spec["layer"][0])
     assert [row["step"] for row in drawn] == list(range(2, 61))
@@ -496,7 +505,10 @@ def test_doubt_is_said():
 @pytest.mark.parametrize(
     ("attained", "sentence"),
     [
-        (est(-0.05, 0.1), "has come no nearer to the best policy: share attained −5 % [−15 to 5]."),
+        (
+            est(-0.05, 0.1),
+            "has come no nearer to the best policy at beta 0.1: share attained −5 % [−15 to 5].",
+        ),
         ({"value": None, "low": None, "high": None, "n": 8, "warnings": []}, "cannot be told."),
         (None, "cannot be told."),
         (est(1.0, 0.0), "went 100 % [100 to 100] of the way"),

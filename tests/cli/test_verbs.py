@@ -11,7 +11,8 @@ from klimb.store import load_latest_checkpoint, read_draws, read_json, read_json
 
 
 def test_climb_writes_a_whole_run_and_the_policy_is_better(klimb, tiny_run, options, tmp_path):
-    settings = {**tiny_run, "max_steps": 30, "save_steps": 10, "eval_steps": 15, "prompts_per_step": 8}
+    batch = {"prompts_per_step": 8, "num_generations": 8, "num_replay": 8, "measure_draws": 64}
+    settings = {**tiny_run, **batch, "max_steps": 30, "save_steps": 10, "eval_steps": 15, "eval_prompts": 8}
     status, out, err = klimb("climb", *options(settings))
     assert (status, err) == (0, ""), err
     for words in ("reference reward", "predicted optimum", "share attained", "try next", "policy", "report"):
@@ -22,9 +23,10 @@ def test_climb_writes_a_whole_run_and_the_policy_is_better(klimb, tiny_run, opti
     assert {"draws/plan.parquet", "draws/measure.parquet", "draws/train-000030.parquet"} <= names
     assert "policy/adapter_model.safetensors" in names
     found = read_json(run / "measure.json")
-    # a tiny random model learns most of what a nat and a half buys; unseeded luck plays no part
+    # most of what is left is that a random model knows nothing of held-out prompts
     assert found["reward"]["low"] > found["reference"]["reward"]["high"]
-    assert found["attained"]["value"] > 0.4
+    assert found["attained"]["value"] > 0.2
+    assert found["kl"]["value"] < 0.8
     assert read_jsonl(run / "metrics.jsonl")[14]["evaluation"]["kl"]["value"] > 0
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["beta"] == read_json(run / "plan.json")["beta"]["value"] == found["beta"]
@@ -109,7 +111,7 @@ def test_sample_without_training(klimb, tiny_run, options, tmp_path, method):
     status, out, err = klimb("sample", "--json", "-c", yaml_file, *arguments)
     assert status == 0, err
     record = json.loads(out)
-    assert record["draws"] == 4 * 64
+    assert record["draws"] == 8 * 64
     drawn = read_draws(record["path"])
     base = 0.26  # the reference's mean reward, within 0.1
     if method == "ancestral":

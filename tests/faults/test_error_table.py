@@ -34,7 +34,7 @@ CASES = [
     ),
     ("one draw", {"num_generations": 1, "num_replay": 0}, None, ["num_generations 1", "at least 2"]),
     ("replay past the pool", {"num_replay": 33}, None, ["33", "num_plan_draws is 32"]),
-    ("too many prompts a step", {"prompts_per_step": 9}, None, ["prompts_per_step 9", "8 prompts"]),
+    ("too many prompts a step", {"prompts_per_step": 17}, None, ["prompts_per_step 17", "16 prompts"]),
     ("unknown method", {"method": "ppo"}, None, ["method", "'ppo'", "log_variance"]),
     ("unknown tracker", {"report_to": "wandbb"}, None, ["report_to", "wandbb"]),
     ("no such model", {"model_name_or_path": "./nowhere"}, None, ["./nowhere"]),
@@ -145,7 +145,7 @@ def no_report(monkeypatch):
 
 @pytest.fixture
 def planned(klimb, tiny_run, options, tmp_path):
-    """A run that was planned, with a pool of eight prompts."""
+    """A run that was planned, with a pool of sixteen prompts."""
     assert klimb("plan", "-q", *options(tiny_run))[0] == 0
     return tmp_path / "run"
 

@@ -6,7 +6,7 @@ rates of fine-tuning most updates are. The copies cost four bytes a trained numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -64,7 +64,7 @@ def write_out(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
 @contextmanager
 def speaking_as(
     values: Sequence[Tensor], optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Within this context the model has other weights (an average, say); afterwards its own again, bit by bit."""
     before = [
         m.detach().clone() if m is p else m for m, p in zip(masters(optimizer), parameters, strict=True)

@@ -18,12 +18,12 @@ from klimb.numbers.estimate import Estimate
 from klimb.report.found import (
     Found,
     Point,
-    as_estimate,
     as_number,
     as_point,
     chosen_beta,
     evaluation,
     frontier,
+    of_step,
     predicted,
     reference_reward,
 )
@@ -233,7 +233,7 @@ def step_charts(found: Found) -> dict[str, Spec]:
 
 
 def _step_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said: str) -> Spec | None:
-    fresh = [(record, as_estimate((record.get("estimates") or {}).get(name))) for record in steps]
+    fresh = [(record, of_step(record, name)) for record in steps]
     held = [(record, evaluation(record, name)) for record in steps]
     drawn = _thinned([_at(record, e) for record, e in fresh if e is not None], MAX_POINTS)
     tested = _thinned([_at(record, e) for record, e in held if e is not None], MAX_POINTS)

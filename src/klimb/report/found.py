@@ -186,7 +186,13 @@ def predicted(found: Found) -> Point | None:
     return Point(between("reward"), between("kl"), beta, reliable=all(p.reliable for p in beside))
 
 
+def of_step(record: Mapping[str, Any], name: str) -> Estimate | None:
+    """An estimate of a step's fresh draws: under "estimates", or beside the step's number. None if it drew nothing."""
+    return as_estimate((record.get("estimates") or {}).get(name)) or as_estimate(record.get(name))
+
+
 def evaluation(record: Mapping[str, Any], name: str) -> Estimate | None:
     """An estimate of a step's evaluation on held-out prompts, if there was one."""
     held_out = record.get("evaluation") or {}
-    return as_estimate(held_out.get(name)) or as_estimate((held_out.get("estimates") or {}).get(name))
+    known = "objective" if name == "regularised_reward" else name  # as the certificate calls it
+    return as_estimate(held_out.get(name)) or as_estimate(held_out.get(known))

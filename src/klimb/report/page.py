@@ -172,7 +172,8 @@ def warnings_of(found: Found) -> list[str]:
     best = predicted(found)
     if not found.measurement and best is not None:
         estimates = [best.reward, best.kl]
-    return list(dict.fromkeys(warning for e in estimates if e is not None for warning in e.warnings))
+    said = [warning for e in estimates if e is not None for warning in e.warnings]
+    return list(dict.fromkeys([*said, *map(str, found.measurement.get("warnings") or ())]))
 
 
 def command(found: Found) -> str:

@@ -6,7 +6,7 @@ import math
 import unicodedata
 
 from klimb.numbers.estimate import Estimate
-from klimb.report.found import Found, as_estimate, chosen_beta, predicted, reference_reward
+from klimb.report.found import Found, as_estimate, chosen_beta, of_step, predicted, reference_reward
 
 
 def number(x: float | None, digits: int = 2) -> str:
@@ -74,7 +74,7 @@ def headline(found: Found) -> tuple[str, str]:
         if attained.value <= 0:
             return f"The policy has come no nearer to the best policy{of_beta}: share attained {share}.", ""
         return f"The policy went {share} of the way from the reference to the best policy{of_beta}.", ""
-    rewards = [as_estimate((record.get("estimates") or {}).get("reward")) for record in found.steps]
+    rewards = [of_step(record, "reward") for record in found.steps]
     rewards = [reward for reward in rewards if reward is not None]
     if found.steps:
         said = f"The policy has trained for {counted(len(found.steps), 'step')}"
