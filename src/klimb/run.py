@@ -8,8 +8,6 @@ that was killed and resumed sees the numbers that one never killed sees.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,32 +17,29 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from klimb import store
-from klimb.config import Config, Lora
-from klimb.data import Example, Pool, Reward, Sampler, stack_pools
-from klimb.dataset import load_examples
-from klimb.measure import Measurement, measure
-from klimb.models.families import full, lora, save_policy
-from klimb.models.hub import DTYPES, load_model
+from klimb.checkpoint import restore, saved
+from klimb.config import Config
+from klimb.data import Pool, stack_pools
+from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
+from klimb.measure import measure
+from klimb.models.families import save_policy
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
-from klimb.models.policy import CausalPolicy, adapters
-from klimb.numbers.estimate import Estimate, mean_estimate
-from klimb.numbers.frontier import FrontierPoint
+from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
 from klimb.objectives.forward_kl import forward_kl
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.reverse_kl import reverse_kl
 from klimb.plan import Plan, Progress, draw_pool, plan, silent
-from klimb.rewards.load import load_reward, source_hash, weighted_sum
+from klimb.records import measure_record, plan_record, step_record
 from klimb.sample import sample
-from klimb.samplers.ancestral import ancestral
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
-from klimb.samplers.replay import Kept, Replay
+from klimb.samplers.replay import Replay
 from klimb.target import Tilt, tilt
-from klimb.train import Step, TrainState, train
+from klimb.trackers import trackers
+from klimb.train import TrainState, train
 
 OBJECTIVES = {"log_variance": log_variance, "reverse_kl": reverse_kl, "forward_kl": forward_kl}
 VERBS = ("plan", "train", "measure")
@@ -64,31 +59,6 @@ class Watch:
     progress: Progress = silent
     event: Callable[[str, Any], None] = lambda kind, record: None
     stop: Callable[[], bool] = lambda: False
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a configuration names, loaded.
-
-    Attributes:
-        config: the configuration.
-        policy: what moves.
-        reference: what is tilted.
-        reward: the weighted sum.
-        train_examples: to plan and train on.
-        test_examples: to measure on.
-        sampler: ancestral, at temperature 1.
-        hashes: what a pool of draws depends on.
-    """
-
-    config: Config
-    policy: CausalPolicy
-    reference: CausalPolicy
-    reward: Reward
-    train_examples: Sequence[Example]
-    test_examples: Sequence[Example]
-    sampler: Sampler
-    hashes: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -276,7 +246,7 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
     else:
         # as asked until the plan has found beta
         store.create_run(
-            path, config=config.model_dump(), seed=config.seed, reward_hashes=_reward_hashes(loaded)
+            path, config=config.model_dump(), seed=config.seed, reward_hashes=reward_hashes(loaded)
         )
     outcome = Outcome(path, config.beta)
     pool = None
@@ -309,146 +279,6 @@ def report(path: Path) -> Path | None:
             raise
         return None
     return write_report(path)
-
-
-# What a configuration names.
-
-
-def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loaded:
-    """Load and check everything that a run needs, cheap things first; nothing is written.
-
-    Args:
-        config: the configuration.
-        policy_folder: the policy that is measured or sampled; None makes a new one, to be trained.
-
-    Raises:
-        ValueError: a prompt, reward, model or tracker that is not there or does not fit.
-    """
-    _check_trackers(config.report_to)
-    read = partial(load_examples, config.dataset_name, prompt_column=config.prompt_column)
-    train_examples = read(split=config.dataset_train_split)
-    if config.dataset_test_split is None:
-        test_examples = train_examples
-    else:
-        test_examples = read(split=config.dataset_test_split)
-    reward = weighted_sum([load_reward(name) for name in config.reward_funcs], config.reward_weights)
-    policy, reference = _policies(config, policy_folder)
-    for example in [*train_examples, *test_examples]:
-        tokens = max(len(who.render(example)) for who in (policy, reference))
-        if tokens + config.max_completion_length > min(policy.context_length, reference.context_length):
-            raise ValueError(
-                f"the prompt {str(example.prompt)[:60]!r}... has {tokens} tokens; with max_completion_length "
-                f"{config.max_completion_length} that is longer than the model's context of "
-                f"{min(policy.context_length, reference.context_length)}; shorten one"
-            )
-    sampler: Any = partial(
-        ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
-    )
-    return Loaded(
-        config=config,
-        policy=policy,
-        reference=reference,
-        reward=reward,
-        train_examples=train_examples[: config.plan_prompts],
-        test_examples=test_examples,
-        sampler=sampler,
-        hashes={
-            "model": fingerprint(reference),
-            "reward": source_hash(reward),
-            "template": _sha256(str(reference.tokenizer.chat_template)),
-            "max_completion_length": str(config.max_completion_length),
-        },
-    )
-
-
-def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalPolicy, CausalPolicy]:
-    options: dict[str, Any] = {
-        "dtype": None if config.dtype is None else DTYPES[config.dtype],
-        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        "trust_remote_code": config.trust_remote_code,
-    }
-    size = config.max_chunk_tokens
-    model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
-    start = config.family.start if isinstance(config.family, Lora) else None
-    if policy_folder is not None and not Path(policy_folder).is_dir():
-        raise ValueError(f"{policy_folder}: no such folder; expected a trained policy, such as RUN/policy")
-    if policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
-        policy, reference = lora(model, tokenizer, start=policy_folder, max_chunk_tokens=size)
-        assert isinstance(policy.activate, partial)
-        wrapped = policy.activate.args[0]
-        wrapped.delete_adapter("reference")  # the policy as it ended is not where it started
-        if start is not None:
-            wrapped.load_adapter(
-                start, adapter_name="reference", is_trainable=False, autocast_adapter_dtype=False
-            )
-        speaks = None if start is None else "reference"
-        reference = replace(reference, activate=partial(adapters, wrapped, active=speaks))
-    elif policy_folder is not None:
-        moved, _ = load_model(str(policy_folder), **options)
-        policy = CausalPolicy(moved, tokenizer, max_chunk_tokens=size)
-        reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
-    elif isinstance(config.family, Lora):
-        policy, reference = lora(
-            model,
-            tokenizer,
-            r=config.family.r,
-            alpha=config.family.alpha,
-            target_modules=config.family.target_modules,
-            start=start,
-            seed=config.seed,
-            max_chunk_tokens=size,
-        )
-    else:
-        policy, reference = full(model, tokenizer, max_chunk_tokens=size)
-    if config.reference is not None:
-        other, words = load_model(config.reference, **options)
-        if words.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"reference {config.reference}: its tokenizer has other words than that of "
-                f"{config.model_name_or_path}; expected a model of the same tokenizer"
-            )
-        reference = CausalPolicy(other, words, max_chunk_tokens=size)
-        if set(reference.end) != set(policy.end):
-            raise ValueError(
-                f"reference {config.reference}: completions end with the tokens {sorted(reference.end)}, those of "
-                f"{config.model_name_or_path} with {sorted(policy.end)}; set the same eos_token_id in both "
-                "generation_config.json"
-            )
-    return policy, reference
-
-
-def fingerprint(policy: CausalPolicy, *, numbers: int = 64) -> str:
-    """A sha256 over the configuration and, of each of the weights, its name, shape, dtype and some of its numbers."""
-    active = policy.activate.keywords.get("active") if isinstance(policy.activate, partial) else None
-    digest = hashlib.sha256(f"{policy.model.config.model_type} {sorted(policy.end)} {active}".encode())
-    for name, weight in sorted(policy.model.state_dict().items()):
-        if ".lora_" in name and f".{active}." not in name:
-            continue  # of an adapter that does not speak
-        flat = weight.flatten()
-        some = flat[:: max(1, len(flat) // numbers)].double().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def generator_for(seed: int, purpose: str) -> torch.Generator:
-    """A generator of its own for every purpose of a run.
-
-    Example:
-        >>> a, b = generator_for(0, "plan"), generator_for(0, "train")
-        >>> a.initial_seed() == b.initial_seed()
-        False
-    """
-    return torch.Generator().manual_seed(int(_sha256(f"{seed} {purpose}")[:15], 16))
-
-
-def _reward_hashes(loaded: Loaded) -> dict[str, str]:
-    parts: Any = loaded.reward
-    return {name: source_hash(part) for name, part in parts.rewards.items()}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # Plan.
@@ -536,36 +366,6 @@ def _write_pool(
     )
 
 
-def plan_record(found: Plan, beta: float, *, why: str, generator: torch.Generator) -> dict[str, Any]:
-    """What plan.json holds."""
-    return {
-        "beta": {"value": beta, "why": why},
-        "optimum": _point(found.at(beta, generator=generator)),
-        "reference": {"reward": found.reference_reward.as_dict(), "reward_std": _known(found.reward_std)},
-        "frontier": [_point(point) for point in found.frontier],
-        "best_of_n": [
-            {"n": best.n, "reward": best.reward.as_dict(), "kl": best.kl.as_dict()}
-            for best in found.best_of_n
-        ],
-        "num_draws": found.pool.draws.num_draws,
-        "finished": found.pool.draws.finished.float().mean().item(),
-        "completion_length": found.pool.draws.lengths.float().mean().item(),
-        "prompts": [
-            {name: _known(x) if isinstance(x, float) else x for name, x in prompt.items()}
-            for prompt in found.prompts(beta)
-        ],
-    }
-
-
-def _point(point: FrontierPoint) -> dict[str, Any]:
-    return {name: x.as_dict() if isinstance(x, Estimate) else x for name, x in vars(point).items()}
-
-
-def _known(value: float) -> float | None:
-    """None for a spread or a mean of forbidden rewards (-inf), which is not defined."""
-    return None if math.isnan(value) else value
-
-
 # Train.
 
 
@@ -603,7 +403,7 @@ def _trained(
 
     target = tilt(loaded.reference, loaded.reward, beta)
     clip = {} if config.clip is None else {"clip": config.clip}
-    log = _trackers(config, path)
+    log = trackers(config, path)
     evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
     steps = train(
         examples,
@@ -660,16 +460,6 @@ def rate(step: int, *, config: Config) -> float:
     return shapes[config.lr_scheduler_type]
 
 
-def step_record(step: Step) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
-    return {
-        "step": step.step,
-        **{name: estimate.as_dict() for name, estimate in step.estimates.items()},
-        **step.numbers,
-        "seconds": step.seconds,
-    }
-
-
 def _reference_of_evaluation(loaded: Loaded) -> Callable[[], Pool]:
     """Reference draws that all evaluations of a training share, drawn when first needed; the same after a resume."""
     drawn: list[Pool] = []
@@ -706,144 +496,6 @@ def _evaluated(loaded: Loaded, target: Tilt, reference_pool: Callable[[], Pool],
     return {name: getattr(found, name).as_dict() for name in names}
 
 
-def _check_trackers(names: Sequence[str]) -> None:
-    if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    there = sorted(str(name) for name in get_available_trackers())
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(
-                f"report_to: no tracker {name!r}; accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            )
-        if name not in there:
-            raise ValueError(f"report_to: {name} is not installed; there are {', '.join(there) or 'none'}")
-
-
-def _trackers(config: Config, path: Path) -> Callable[[Mapping[str, Any]], None]:
-    """Where step records go besides metrics.jsonl: nowhere, or to accelerate's trackers."""
-    if not config.report_to:
-        return lambda record: None
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(log_with=list(config.report_to), project_dir=path)
-    flat = {
-        name: x if isinstance(x, int | float | str) else str(x) for name, x in config.model_dump().items()
-    }
-    accelerator.init_trackers("klimb", config=flat)
-    return lambda record: accelerator.log(dict(_flat(record)), step=record["step"])
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping) and "value" in value:
-            value = value["value"]
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
-            yield prefix + name, value
-
-
-# What a checkpoint holds.
-
-
-def saved(
-    state: TrainState,
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: Sequence[Tensor],
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the next step depends on, as named tensors and as JSON."""
-    assert len(parameters) == len(masters(optimizer))
-    kept = [row for rows in state.replay.rows.values() for row in rows]
-    tensors = {
-        **{f"weights.{i}": m for i, m in enumerate(masters(optimizer))},
-        **{f"average.{i}": a for i, a in enumerate(average)},
-        **{
-            f"optimizer.{i}.{name}": x
-            for i, slots in optimizer.state_dict()["state"].items()
-            for name, x in slots.items()
-        },
-        "generator": generator.get_state(),
-        "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
-        "replay.lengths": torch.tensor([len(row.completion) for row in kept], dtype=torch.int64),
-        "replay.numbers": torch.tensor(
-            [[row.log_q, row.log_ref, row.reward] for row in kept], dtype=torch.float64
-        ),
-    }
-    rest = {
-        "step": state.step,
-        "order": list(state.order),
-        "learning_rates": [group["lr"] for group in optimizer.param_groups],
-        "scheduler": {
-            name: x for name, x in scheduler.state_dict().items() if isinstance(x, int | float | list)
-        },
-        "replay": {
-            "counts": [[name, len(rows)] for name, rows in state.replay.rows.items()],
-            "texts": [row.text for row in kept],
-            "finished": [row.finished for row in kept],
-            "limit": state.replay.limit,
-        },
-    }
-    return tensors, json.loads(json.dumps(rest))
-
-
-def restore(
-    checkpoint: store.Checkpoint,
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: list[Tensor],
-    generator: torch.Generator,
-    *,
-    replay: Replay,
-) -> TrainState:
-    """Put weights, optimizer, scheduler, average and generator as they were when `saved` looked at them."""
-    tensors, rest = checkpoint.tensors, checkpoint.state
-    own = masters(optimizer)
-    expected = {f"weights.{i}": m.shape for i, m in enumerate(own)}
-    if {name: t.shape for name, t in tensors.items() if name.startswith("weights.")} != expected:
-        raise ValueError(
-            "the checkpoint holds weights of other shapes; resume the run with its own configuration"
-        )
-    with torch.no_grad():
-        for i, master in enumerate(own):
-            master.copy_(tensors[f"weights.{i}"])
-        for i, mean in enumerate(average):
-            mean.copy_(tensors[f"average.{i}"])
-    write_out(own, parameters)
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest_of_name = name.partition(".")
-        if kind == "optimizer":
-            index, _, slot = rest_of_name.partition(".")
-            slots.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    for group, lr in zip(optimizer.param_groups, rest["learning_rates"], strict=True):
-        group["lr"] = lr
-    scheduler.load_state_dict({**scheduler.state_dict(), **rest["scheduler"]})
-    generator.set_state(tensors["generator"])
-    return TrainState(rest["step"], tuple(rest["order"]), _replay(tensors, rest["replay"], replay))
-
-
-def _replay(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], empty: Replay) -> Replay:
-    completions = tensors["replay.tokens"].split(tensors["replay.lengths"].tolist())
-    numbers = tensors["replay.numbers"].tolist()
-    kept = iter(
-        [
-            Kept(completion, text, finished, *three)
-            for completion, text, finished, three in zip(
-                completions, rest["texts"], rest["finished"], numbers, strict=True
-            )
-        ]
-    )
-    rows = {name: [next(kept) for _ in range(count)] for name, count in rest["counts"]}
-    return replace(empty, rows=rows, limit=rest["limit"])
-
-
 # Measure.
 
 
@@ -869,35 +521,3 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
         store.write_json(path / "measure.json", record)
     watch.event("measure", record)
     return record
-
-
-def measure_record(found: Measurement) -> dict[str, Any]:
-    """What measure.json holds."""
-    c = found.certificate
-    estimates = (
-        "reward",
-        "kl",
-        "objective",
-        "gap",
-        "self_gap",
-        "log_z",
-        "attained",
-        "frontier_efficiency",
-        "overlap",
-    )
-    return {
-        "beta": c.beta,
-        **{name: getattr(c, name).as_dict() for name in estimates},
-        "reference": {"reward": c.reference_reward.as_dict()},
-        "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
-        "diagnosis": {
-            "verdict": found.diagnosis.verdict,
-            "because": found.diagnosis.because,
-            "advice": found.diagnosis.advice,
-        },
-        "ess": c.ess,
-        "pareto_k": c.pareto_k,
-        "warnings": list(c.warnings),
-        "num_prompts": found.policy_pool.draws.num_prompts,
-        "num_draws": found.policy_pool.draws.num_draws,
-    }

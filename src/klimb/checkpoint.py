@@ -1,0 +1,115 @@
+"""What a checkpoint holds: everything that the next step depends on, as named tensors and as JSON.
+
+Weights (float32 masters), optimizer, scheduler, average, generator, the prompts still to come, and the replay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klimb import store
+from klimb.models.master import masters, write_out
+from klimb.samplers.replay import Kept, Replay
+from klimb.train import TrainState
+
+
+def saved(
+    state: TrainState,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: Sequence[Tensor],
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that the next step depends on, as named tensors and as JSON."""
+    assert len(parameters) == len(masters(optimizer))
+    kept = [row for rows in state.replay.rows.values() for row in rows]
+    tensors = {
+        **{f"weights.{i}": m for i, m in enumerate(masters(optimizer))},
+        **{f"average.{i}": a for i, a in enumerate(average)},
+        **{
+            f"optimizer.{i}.{name}": x
+            for i, slots in optimizer.state_dict()["state"].items()
+            for name, x in slots.items()
+        },
+        "generator": generator.get_state(),
+        "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
+        "replay.lengths": torch.tensor([len(row.completion) for row in kept], dtype=torch.int64),
+        "replay.numbers": torch.tensor(
+            [[row.log_q, row.log_ref, row.reward] for row in kept], dtype=torch.float64
+        ),
+    }
+    rest = {
+        "step": state.step,
+        "order": list(state.order),
+        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        "scheduler": {
+            name: x for name, x in scheduler.state_dict().items() if isinstance(x, int | float | list)
+        },
+        "replay": {
+            "counts": [[name, len(rows)] for name, rows in state.replay.rows.items()],
+            "texts": [row.text for row in kept],
+            "finished": [row.finished for row in kept],
+            "limit": state.replay.limit,
+        },
+    }
+    return tensors, json.loads(json.dumps(rest))
+
+
+def restore(
+    checkpoint: store.Checkpoint,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: list[Tensor],
+    generator: torch.Generator,
+    *,
+    replay: Replay,
+) -> TrainState:
+    """Put weights, optimizer, scheduler, average and generator as they were when `saved` looked at them."""
+    tensors, rest = checkpoint.tensors, checkpoint.state
+    own = masters(optimizer)
+    expected = {f"weights.{i}": m.shape for i, m in enumerate(own)}
+    if {name: t.shape for name, t in tensors.items() if name.startswith("weights.")} != expected:
+        raise ValueError(
+            "the checkpoint holds weights of other shapes; resume the run with its own configuration"
+        )
+    with torch.no_grad():
+        for i, master in enumerate(own):
+            master.copy_(tensors[f"weights.{i}"])
+        for i, mean in enumerate(average):
+            mean.copy_(tensors[f"average.{i}"])
+    write_out(own, parameters)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest_of_name = name.partition(".")
+        if kind == "optimizer":
+            index, _, slot = rest_of_name.partition(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    for group, lr in zip(optimizer.param_groups, rest["learning_rates"], strict=True):
+        group["lr"] = lr
+    scheduler.load_state_dict({**scheduler.state_dict(), **rest["scheduler"]})
+    generator.set_state(tensors["generator"])
+    return TrainState(rest["step"], tuple(rest["order"]), _replay(tensors, rest["replay"], replay))
+
+
+def _replay(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], empty: Replay) -> Replay:
+    completions = tensors["replay.tokens"].split(tensors["replay.lengths"].tolist())
+    numbers = tensors["replay.numbers"].tolist()
+    kept = iter(
+        [
+            Kept(completion, text, finished, *three)
+            for completion, text, finished, three in zip(
+                completions, rest["texts"], rest["finished"], numbers, strict=True
+            )
+        ]
+    )
+    rows = {name: [next(kept) for _ in range(count)] for name, count in rest["counts"]}
+    return replace(empty, rows=rows, limit=rest["limit"])

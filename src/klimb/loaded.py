@@ -1,0 +1,188 @@
+"""From a configuration to what it names: prompts, reward, policy and reference, checked before anything is written.
+
+Cheap things first: a misspelt file is refused before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klimb.config import Config, Lora
+from klimb.data import Example, Reward, Sampler
+from klimb.dataset import load_examples
+from klimb.models.families import full, lora
+from klimb.models.hub import DTYPES, load_model
+from klimb.models.policy import CausalPolicy, adapters
+from klimb.rewards.load import load_reward, source_hash, weighted_sum
+from klimb.samplers.ancestral import ancestral
+from klimb.trackers import check_trackers
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a configuration names, loaded.
+
+    Attributes:
+        config: the configuration.
+        policy: what moves.
+        reference: what is tilted.
+        reward: the weighted sum.
+        train_examples: to plan and train on.
+        test_examples: to measure on.
+        sampler: ancestral, at temperature 1.
+        hashes: what a pool of draws depends on.
+    """
+
+    config: Config
+    policy: CausalPolicy
+    reference: CausalPolicy
+    reward: Reward
+    train_examples: Sequence[Example]
+    test_examples: Sequence[Example]
+    sampler: Sampler
+    hashes: Mapping[str, str]
+
+
+def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loaded:
+    """Load and check everything that a run needs, cheap things first; nothing is written.
+
+    Args:
+        config: the configuration.
+        policy_folder: the policy that is measured or sampled; None makes a new one, to be trained.
+
+    Raises:
+        ValueError: a prompt, reward, model or tracker that is not there or does not fit.
+    """
+    check_trackers(config.report_to)
+    read = partial(load_examples, config.dataset_name, prompt_column=config.prompt_column)
+    train_examples = read(split=config.dataset_train_split)
+    if config.dataset_test_split is None:
+        test_examples = train_examples
+    else:
+        test_examples = read(split=config.dataset_test_split)
+    reward = weighted_sum([load_reward(name) for name in config.reward_funcs], config.reward_weights)
+    policy, reference = _policies(config, policy_folder)
+    for example in [*train_examples, *test_examples]:
+        tokens = max(len(who.render(example)) for who in (policy, reference))
+        if tokens + config.max_completion_length > min(policy.context_length, reference.context_length):
+            raise ValueError(
+                f"the prompt {str(example.prompt)[:60]!r}... has {tokens} tokens; with max_completion_length "
+                f"{config.max_completion_length} that is longer than the model's context of "
+                f"{min(policy.context_length, reference.context_length)}; shorten one"
+            )
+    sampler: Any = partial(
+        ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
+    )
+    return Loaded(
+        config=config,
+        policy=policy,
+        reference=reference,
+        reward=reward,
+        train_examples=train_examples[: config.plan_prompts],
+        test_examples=test_examples,
+        sampler=sampler,
+        hashes={
+            "model": fingerprint(reference),
+            "reward": source_hash(reward),
+            "template": _sha256(str(reference.tokenizer.chat_template)),
+            "max_completion_length": str(config.max_completion_length),
+        },
+    )
+
+
+def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalPolicy, CausalPolicy]:
+    options: dict[str, Any] = {
+        "dtype": None if config.dtype is None else DTYPES[config.dtype],
+        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    size = config.max_chunk_tokens
+    model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
+    start = config.family.start if isinstance(config.family, Lora) else None
+    if policy_folder is not None and not Path(policy_folder).is_dir():
+        raise ValueError(f"{policy_folder}: no such folder; expected a trained policy, such as RUN/policy")
+    if policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
+        policy, reference = lora(model, tokenizer, start=policy_folder, max_chunk_tokens=size)
+        assert isinstance(policy.activate, partial)
+        wrapped = policy.activate.args[0]
+        wrapped.delete_adapter("reference")  # the policy as it ended is not where it started
+        if start is not None:
+            wrapped.load_adapter(
+                start, adapter_name="reference", is_trainable=False, autocast_adapter_dtype=False
+            )
+        speaks = None if start is None else "reference"
+        reference = replace(reference, activate=partial(adapters, wrapped, active=speaks))
+    elif policy_folder is not None:
+        moved, _ = load_model(str(policy_folder), **options)
+        policy = CausalPolicy(moved, tokenizer, max_chunk_tokens=size)
+        reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
+    elif isinstance(config.family, Lora):
+        policy, reference = lora(
+            model,
+            tokenizer,
+            r=config.family.r,
+            alpha=config.family.alpha,
+            target_modules=config.family.target_modules,
+            start=start,
+            seed=config.seed,
+            max_chunk_tokens=size,
+        )
+    else:
+        policy, reference = full(model, tokenizer, max_chunk_tokens=size)
+    if config.reference is not None:
+        other, words = load_model(config.reference, **options)
+        if words.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"reference {config.reference}: its tokenizer has other words than that of "
+                f"{config.model_name_or_path}; expected a model of the same tokenizer"
+            )
+        reference = CausalPolicy(other, words, max_chunk_tokens=size)
+        if set(reference.end) != set(policy.end):
+            raise ValueError(
+                f"reference {config.reference}: completions end with the tokens {sorted(reference.end)}, those of "
+                f"{config.model_name_or_path} with {sorted(policy.end)}; set the same eos_token_id in both "
+                "generation_config.json"
+            )
+    return policy, reference
+
+
+def fingerprint(policy: CausalPolicy, *, numbers: int = 64) -> str:
+    """A sha256 over the configuration and, of each of the weights, its name, shape, dtype and some of its numbers."""
+    active = policy.activate.keywords.get("active") if isinstance(policy.activate, partial) else None
+    digest = hashlib.sha256(f"{policy.model.config.model_type} {sorted(policy.end)} {active}".encode())
+    for name, weight in sorted(policy.model.state_dict().items()):
+        if ".lora_" in name and f".{active}." not in name:
+            continue  # of an adapter that does not speak
+        flat = weight.flatten()
+        some = flat[:: max(1, len(flat) // numbers)].double().cpu()
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generator_for(seed: int, purpose: str) -> torch.Generator:
+    """A generator of its own for every purpose of a run.
+
+    Example:
+        >>> a, b = generator_for(0, "plan"), generator_for(0, "train")
+        >>> a.initial_seed() == b.initial_seed()
+        False
+    """
+    return torch.Generator().manual_seed(int(_sha256(f"{seed} {purpose}")[:15], 16))
+
+
+def reward_hashes(loaded: Loaded) -> dict[str, str]:
+    """The sha256 of each reward's code, by its name."""
+    parts: Any = loaded.reward
+    return {name: source_hash(part) for name, part in parts.rewards.items()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

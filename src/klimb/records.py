@@ -1,0 +1,86 @@
+"""What plan.json, metrics.jsonl and measure.json hold, from what the verbs return."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from klimb.measure import Measurement
+from klimb.numbers.estimate import Estimate
+from klimb.numbers.frontier import FrontierPoint
+from klimb.plan import Plan
+from klimb.train import Step
+
+
+def plan_record(found: Plan, beta: float, *, why: str, generator: torch.Generator) -> dict[str, Any]:
+    """What plan.json holds."""
+    return {
+        "beta": {"value": beta, "why": why},
+        "optimum": _point(found.at(beta, generator=generator)),
+        "reference": {"reward": found.reference_reward.as_dict(), "reward_std": _known(found.reward_std)},
+        "frontier": [_point(point) for point in found.frontier],
+        "best_of_n": [
+            {"n": best.n, "reward": best.reward.as_dict(), "kl": best.kl.as_dict()}
+            for best in found.best_of_n
+        ],
+        "num_draws": found.pool.draws.num_draws,
+        "finished": found.pool.draws.finished.float().mean().item(),
+        "completion_length": found.pool.draws.lengths.float().mean().item(),
+        "prompts": [
+            {name: _known(x) if isinstance(x, float) else x for name, x in prompt.items()}
+            for prompt in found.prompts(beta)
+        ],
+    }
+
+
+def _point(point: FrontierPoint) -> dict[str, Any]:
+    return {name: x.as_dict() if isinstance(x, Estimate) else x for name, x in vars(point).items()}
+
+
+def _known(value: float) -> float | None:
+    """None for a spread or a mean of forbidden rewards (-inf), which is not defined."""
+    return None if math.isnan(value) else value
+
+
+def step_record(step: Step) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    return {
+        "step": step.step,
+        **{name: estimate.as_dict() for name, estimate in step.estimates.items()},
+        **step.numbers,
+        "seconds": step.seconds,
+    }
+
+
+def measure_record(found: Measurement) -> dict[str, Any]:
+    """What measure.json holds."""
+    c = found.certificate
+    estimates = (
+        "reward",
+        "kl",
+        "objective",
+        "gap",
+        "self_gap",
+        "log_z",
+        "attained",
+        "frontier_efficiency",
+        "overlap",
+    )
+    return {
+        "beta": c.beta,
+        **{name: getattr(c, name).as_dict() for name in estimates},
+        "reference": {"reward": c.reference_reward.as_dict()},
+        "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
+        "diagnosis": {
+            "verdict": found.diagnosis.verdict,
+            "because": found.diagnosis.because,
+            "advice": found.diagnosis.advice,
+        },
+        "ess": c.ess,
+        "pareto_k": c.pareto_k,
+        "warnings": list(c.warnings),
+        "num_prompts": found.policy_pool.draws.num_prompts,
+        "num_draws": found.policy_pool.draws.num_draws,
+    }
