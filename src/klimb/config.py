@@ -36,6 +36,8 @@ class Lora(BaseModel):
     """the adapter is scaled by alpha / r"""
     target_modules: str | list[str] = "all-linear"
     """which linear layers; "all-linear" is all but the head"""
+    layers: Count | None = None
+    """adapt only the last so many layers; left out: all"""
     start: str | None = None
     """folder of an adapter to go on from; frozen, it is the reference"""
 

@@ -227,7 +227,7 @@ def _merge(parts: Sequence[Draws], combine: Callable, *, dim: int) -> Draws:
         completions=combine([part.completions for part in parts]),
         finished=torch.cat([part.finished for part in parts], dim),
         texts=None if any(p.texts is None for p in parts) else combine([p.texts for p in parts]),
-        log_q=None if any(p.log_q is None for p in parts) else torch.cat([p.log_q for p in parts], dim),
+        log_q=_cat([part.log_q for part in parts], dim),
         full_support=False if False in supports else (None if None in supports else True),
     )
 
@@ -244,23 +244,25 @@ def join_pools(parts: Sequence[Pool]) -> Pool:
 
 
 def _merge_pools(parts: Sequence[Pool], draws: Draws, *, dim: int) -> Pool:
-    def whole(get: Callable[[Pool], Tensor | None], along: int = dim) -> Tensor | None:
-        tensors = [get(part) for part in parts]
-        return None if any(t is None for t in tensors) else torch.cat(tensors, along)
-
     return Pool(
         draws,
-        whole(lambda part: part.reward),
-        whole(lambda part: part.log_ref),
+        torch.cat([part.reward for part in parts], dim),
+        torch.cat([part.log_ref for part in parts], dim),
         {
-            name: whole(lambda part, name=name: part.parts[name])
+            name: torch.cat([part.parts[name] for part in parts], dim)
             for name in parts[0].parts
             if all(name in part.parts for part in parts)
         },
-        whole(lambda part: part.log_pi),
-        whole(lambda part: part.token_log_ref, 0),
-        whole(lambda part: part.token_log_pi, 0),
+        _cat([part.log_pi for part in parts], dim),
+        _cat([part.token_log_ref for part in parts], 0),
+        _cat([part.token_log_pi for part in parts], 0),
     )
+
+
+def _cat(tensors: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    """All of them, or None if one is unknown."""
+    known = [t for t in tensors if t is not None]
+    return torch.cat(known, dim) if len(known) == len(tensors) else None
 
 
 def chunks(draws: Draws, max_tokens: int) -> Iterator[Draws]:

@@ -130,6 +130,7 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
             r=config.family.r,
             alpha=config.family.alpha,
             target_modules=config.family.target_modules,
+            layers=config.family.layers,
             start=start,
             seed=config.seed,
             max_chunk_tokens=size,

@@ -93,6 +93,8 @@ def measure(
     reference_pool = replace(
         reference_pool, log_pi=reference_pool.draws.sequence_sums(tokens), token_log_pi=tokens
     )
+    assert policy_pool.log_pi is not None
+    assert reference_pool.log_pi is not None
     found = certificate(
         beta=target.beta,
         reward_policy=policy_pool.reward,

@@ -8,6 +8,7 @@ that was killed and resumed sees the numbers that one never killed sees.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -267,16 +268,16 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
     if "measure" in verbs:
         assert outcome.beta is not None
         outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, watch))
-    return replace(outcome, report=report(path))
+    return replace(outcome, report=report(path, watch=watch))
 
 
-def report(path: Path) -> Path | None:
-    """Write RUN/report.html; None where the packages that draw it are not installed."""
-    try:
-        from klimb.report import write_report
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.startswith("klimb"):
-            raise
+def report(path: Path, *, watch: Watch = Watch()) -> Path | None:
+    """Write RUN/report.html; without the packages that draw it, say so and return None: the run itself is done."""
+    from klimb.report import write_report
+
+    missing = [name for name in ("altair", "vl_convert") if importlib.util.find_spec(name) is None]
+    if missing:
+        watch.event("warning", f"no report: {' and '.join(missing)} missing; pip install 'klimb[report]'")
         return None
     return write_report(path)
 

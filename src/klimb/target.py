@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from klimb.data import Policy, Reward, Scored
+from klimb.data import Reward, Scored
+from klimb.models.policy import CausalPolicy
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Tilt:
         beta: units of reward per nat, at sequence level.
     """
 
-    reference: Policy
+    reference: CausalPolicy
     reward: Reward
     beta: float
 
@@ -31,7 +32,7 @@ class Tilt:
         return scored.log_ref + scored.reward / self.beta
 
 
-def tilt(reference: Policy, reward: Reward, beta: float) -> Tilt:
+def tilt(reference: CausalPolicy, reward: Reward, beta: float) -> Tilt:
     """The target p = ref exp(r / beta) / Z.
 
     Raises:

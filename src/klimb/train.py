@@ -236,7 +236,7 @@ def backward(
             part["log_q"] = torch.cat([own, part["log_q"][:, num_fresh:]], 1)
             part["log_w"] = part["log_target"] - part["log_q"]
         arguments = bind(objective, {**part, "log_pi": log_pi.detach()})
-        value, tables = coefficients(objective, **arguments)
+        value, tables = coefficients(objective, **arguments)  # ty: ignore[invalid-argument-type]
         table = scale * tables["log_pi"]
         if fits:
             (table * log_pi).sum().backward()

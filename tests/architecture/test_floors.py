@@ -23,7 +23,11 @@ FLOORS = [  # from the bottom
     {"methods"},
     {"plan", "train", "measure", "sample", "climb"},
     {"report", "store", "config", "dataset"},
-    {"cli"},
+    {"trackers", "records", "checkpoint"},
+    {"loaded"},
+    {"run"},
+    {"screen"},
+    {"cli", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from klimb.models.policy import CausalPolicy, adapters, check_head
 
@@ -42,8 +43,9 @@ def lora(
     tokenizer: Any,
     *,
     r: int = 16,
-    alpha: float = 32.0,
+    alpha: float = 32,
     target_modules: str | list[str] = "all-linear",
+    layers: int | None = None,
     start: str | Path | None = None,
     seed: int = 0,
     max_chunk_tokens: int = 2048,
@@ -56,6 +58,8 @@ def lora(
         r: rank.
         alpha: scale of the adapter.
         target_modules: which linear layers; "all-linear" means all but the head.
+        layers: adapt only the last so many layers; None: all. Below them nothing is differentiated, so a step is
+            cheaper, and fewer weights remember less of the draws they were trained on.
         start: folder of an adapter to go on from; the reference is then that adapter, frozen.
         seed: of A's random start.
         max_chunk_tokens: how many completion tokens go through the model together.
@@ -71,7 +75,11 @@ def lora(
 
     if start is None:
         config = LoraConfig(
-            r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
+            r=r,
+            lora_alpha=alpha,  # ty: ignore[invalid-argument-type]  # peft divides it, an int is not needed
+            lora_dropout=0.0,
+            target_modules=target_modules if layers is None else last_layers(model, target_modules, layers),
+            task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[]), _quietly():  # peft draws A from the global generator
             torch.manual_seed(seed)
@@ -143,8 +151,33 @@ def _check_adapter(folder: Path) -> None:
         )
 
 
+def last_layers(model: Any, target_modules: str | list[str], layers: int) -> list[str]:
+    """Full names of the target modules in the last `layers` layers.
+
+    Raises:
+        ValueError: the model has fewer layers, or none of the modules is there.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    if layers > total:
+        raise ValueError(f"lora: got layers {layers}, but the model has {total}; take at most as many")
+    kept = {str(i) for i in range(total - layers, total)}
+    wanted = None if target_modules == "all-linear" else [target_modules, *target_modules]
+    names = [
+        name
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and kept.intersection(name.split("."))
+        and (wanted is None or name.rsplit(".", 1)[-1] in wanted)
+    ]
+    if not names:
+        raise ValueError(
+            f"lora: no module {target_modules} in the last {layers} layers; see the model's module names"
+        )
+    return names
+
+
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _quietly() -> Generator[None]:
     """Without two warnings about what peft itself does, which no user can act on; all others pass."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

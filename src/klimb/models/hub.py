@@ -67,8 +67,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns about its own GGUF tokenizer conversion
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # a fresh model of the same config, because a model that was once quantised refuses to be saved
     config = type(loaded.config).from_dict(
         {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
@@ -119,13 +121,14 @@ def load_model(
     _check_folder(name, Path(place))
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=dtype or default_dtype(device),
             use_safetensors=True,
             output_loading_info=True,
             **options,
         )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]

@@ -8,7 +8,7 @@ models with absolute positions (GPT-2) score the same text alike in any company.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,7 +190,7 @@ def check_head(policy: CausalPolicy) -> None:
 
 
 @contextmanager
-def adapters(model: Any, *, active: str | None) -> Iterator[None]:
+def adapters(model: Any, *, active: str | None) -> Generator[None]:
     """Within this context the peft `model` speaks through its adapter `active`, or through none of them.
 
     The adapter that was active before is active again afterwards, and what is trainable does not change:
