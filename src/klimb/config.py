@@ -155,7 +155,7 @@ class Config(BaseModel):
     """trackers that accelerate knows: trackio, wandb, tensorboard, mlflow, ..."""
     seed: Amount = 0
     """of everything random"""
-    max_chunk_tokens: Count = 2048
+    max_chunk_tokens: Count = 512
     """completion tokens that go through the model together in training; less needs less memory"""
     batch_rows: Count = 192
     """completions drawn side by side"""
@@ -199,7 +199,7 @@ class Config(BaseModel):
         if len(given) > 1:
             raise ValueError(
                 f"got {' and '.join(f'{name} {getattr(self, name):g}' for name in given)}, expected one of "
-                f"{', '.join(DESTINATIONS)}; switch the others off with null (--{given[-1]} null)"
+                f"{', '.join(DESTINATIONS)}; switch the others off with null (--{given[0]} null)"
             )
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
@@ -215,6 +215,10 @@ class Config(BaseModel):
             raise ValueError(
                 f"a step would replay {replayed} kept draws a prompt, and num_plan_draws is {self.num_plan_draws}; "
                 "replay fewer, or plan with more"
+            )
+        if self.clip is not None and self.method == "forward_kl":
+            raise ValueError(
+                "clip bounds a residual, and forward_kl has none; leave clip out, or use another method"
             )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(

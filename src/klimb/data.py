@@ -44,6 +44,7 @@ class Draws:
         finished: [P, G] True where the completion ended by itself, False where it was cut at the length limit.
         log_q: [P, G] log-probability under the law of the draw, nats; None if that law is unknown.
         full_support: True if the law can draw every completion, False if not (top-p, filtered), None if unknown.
+        own_law: True if log_q is the drawing policy's own log-probability: temperature 1, nothing filtered.
     """
 
     examples: Sequence[Example]
@@ -52,6 +53,7 @@ class Draws:
     texts: Sequence[Sequence[str]] | None = None
     log_q: Tensor | None = None
     full_support: bool | None = None
+    own_law: bool = False
 
     @property
     def num_prompts(self) -> int:
@@ -229,6 +231,7 @@ def _merge(parts: Sequence[Draws], combine: Callable, *, dim: int) -> Draws:
         texts=None if any(p.texts is None for p in parts) else combine([p.texts for p in parts]),
         log_q=_cat([part.log_q for part in parts], dim),
         full_support=False if False in supports else (None if None in supports else True),
+        own_law=all(part.own_law for part in parts),
     )
 
 

@@ -19,7 +19,7 @@ from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
 from klimb.models.families import full, lora
 from klimb.models.hub import DTYPES, load_model
-from klimb.models.policy import CausalPolicy, adapters
+from klimb.models.policy import CausalPolicy, adapters, check_head
 from klimb.rewards.load import load_reward, source_hash, weighted_sum
 from klimb.samplers.ancestral import ancestral
 from klimb.trackers import check_trackers
@@ -123,6 +123,8 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
         moved, _ = load_model(str(policy_folder), **options)
         policy = CausalPolicy(moved, tokenizer, max_chunk_tokens=size)
         reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
+        check_head(policy)
+        check_head(reference)
     elif isinstance(config.family, Lora):
         policy, reference = lora(
             model,
@@ -145,6 +147,7 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
                 f"{config.model_name_or_path}; expected a model of the same tokenizer"
             )
         reference = CausalPolicy(other, words, max_chunk_tokens=size)
+        check_head(reference)
         if set(reference.end) != set(policy.end):
             raise ValueError(
                 f"reference {config.reference}: completions end with the tokens {sorted(reference.end)}, those of "

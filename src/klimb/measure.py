@@ -105,7 +105,14 @@ def measure(
         log_ref_reference=reference_pool.log_ref,
         generator=generator,
     )
-    points = frontier(reference_pool.reward, default_betas(reference_pool.reward), generator=generator)
+    flat = bool(
+        (reference_pool.reward == reference_pool.reward[:, :1]).all()
+    )  # no curve, but still a certificate
+    points = (
+        []
+        if flat
+        else frontier(reference_pool.reward, default_betas(reference_pool.reward), generator=generator)
+    )
     return Measurement(found, diagnose(found, points), policy_pool, reference_pool)
 
 

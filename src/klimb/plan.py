@@ -112,8 +112,12 @@ def draw_pool(
     progress(what, 0, total)
     for start in range(0, len(examples), at_once):
         draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)
+        if not draws.own_law or draws.log_q is None:
+            raise ValueError(
+                "the sampler draws from another law than the policy's own (temperature, top-p, best of n); planning "
+                "and measuring need the policy's own draws"
+            )
         rewards = score(reward, draws)
-        assert draws.log_q is not None
         parts.append(Pool(draws, rewards.total, draws.log_q, rewards.parts))
         progress(what, min(start + at_once, len(examples)) * num_draws, total)
     return stack_pools(parts)

@@ -10,56 +10,31 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from klimb import store
-from klimb.checkpoint import restore, saved
-from klimb.config import Config
+from klimb.config import DESTINATIONS, Config
 from klimb.data import Pool, stack_pools
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
 from klimb.measure import measure
-from klimb.models.families import save_policy
-from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
-from klimb.objectives.forward_kl import forward_kl
-from klimb.objectives.log_variance import log_variance
-from klimb.objectives.reverse_kl import reverse_kl
-from klimb.plan import Plan, Progress, draw_pool, plan, silent
-from klimb.records import measure_record, plan_record, step_record
+from klimb.plan import Plan, draw_pool, plan
+from klimb.records import measure_record, plan_record
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
-from klimb.samplers.replay import Replay
-from klimb.target import Tilt, tilt
-from klimb.trackers import trackers
-from klimb.train import TrainState, train
+from klimb.target import tilt
+from klimb.training import trained
+from klimb.watch import UNWATCHED, Watch
 
-OBJECTIVES = {"log_variance": log_variance, "reverse_kl": reverse_kl, "forward_kl": forward_kl}
 VERBS = ("plan", "train", "measure")
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who looks on.
-
-    Attributes:
-        progress: called with what is being done, how much of it is done, and how much there is.
-        event: called with "plan", "train", "step", "checkpoint", "trained", "measure" or "warning", and its record or
-            text.
-        stop: asked after every step; True saves a checkpoint and ends the training there.
-    """
-
-    progress: Progress = silent
-    event: Callable[[str, Any], None] = lambda kind, record: None
-    stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -88,17 +63,17 @@ class Outcome:
 # The verbs on disk.
 
 
-def run_plan(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Outcome:
+def run_plan(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
     """Plan: predict the best policy for every beta. Arguments and errors as `climb`."""
     return _run(config, ("plan",), resume, watch)
 
 
-def run_train(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Outcome:
+def run_train(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
     """Plan if that is needed, and train. Arguments and errors as `climb`."""
     return _run(config, ("plan", "train") if config.needs_plan else ("train",), resume, watch)
 
 
-def climb(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Outcome:
+def climb(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
     """Plan, train, measure and report; the model is loaded once.
 
     Args:
@@ -113,7 +88,11 @@ def climb(config: Config, *, resume: bool = False, watch: Watch = Watch()) -> Ou
 
 
 def run_measure(
-    config: Config, *, policy_folder: str | Path, output_dir: str | Path | None = None, watch: Watch = Watch()
+    config: Config,
+    *,
+    policy_folder: str | Path,
+    output_dir: str | Path | None = None,
+    watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """Certify the policy in a folder (a peft adapter or a whole model) against the target of `config`.
 
@@ -147,7 +126,7 @@ def run_sample(
     bound: float | None = None,
     limit: int | None = None,
     policy_folder: str | Path | None = None,
-    watch: Watch = Watch(),
+    watch: Watch = UNWATCHED,
 ) -> Iterator[Pool]:
     """Draw completions of the held-out prompts, without training anything.
 
@@ -200,7 +179,7 @@ def write_samples(output_dir: Path, pools: Iterator[Pool]) -> dict[str, Any]:
     pool = stack_pools(list(pools))
     path = store.draws_path(output_dir, "sample")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_pool(path, pool, verb="sample", hashes={})
+    store.write_pool(path, pool, verb="sample", hashes={})
     draws = pool.draws
     assert draws.texts is not None
     return {
@@ -243,7 +222,9 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
         )
     if resume:
         written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        store.create_run(path, config=written, resume=True)
+        # the plan has put a beta in the place of a budget, and a directory may have been moved
+        settled = {name: written.get(name) for name in (*DESTINATIONS, "output_dir")}
+        store.create_run(path, config={**config.model_dump(), **settled}, resume=True)
     else:
         # as asked until the plan has found beta
         store.create_run(
@@ -254,6 +235,8 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
     if "plan" in verbs:
         try:
             found, beta, record = _planned(loaded, path, watch)
+            if "train" in verbs:
+                _check_pool(found.pool, config)
         except ValueError:
             if not resume:
                 store.undo_run(path)
@@ -261,7 +244,7 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
         pool, outcome = found.pool, replace(outcome, beta=beta, plan=record)
     if "train" in verbs:
         assert outcome.beta is not None
-        step, interrupted = _trained(loaded, path, pool, outcome.beta, resume, watch)
+        step, interrupted = trained(loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=watch)
         outcome = replace(outcome, step=step, interrupted=interrupted)
         if interrupted:
             return outcome
@@ -271,7 +254,7 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
     return replace(outcome, report=report(path, watch=watch))
 
 
-def report(path: Path, *, watch: Watch = Watch()) -> Path | None:
+def report(path: Path, *, watch: Watch = UNWATCHED) -> Path | None:
     """Write RUN/report.html; without the packages that draw it, say so and return None: the run itself is done."""
     from klimb.report import write_report
 
@@ -321,12 +304,32 @@ def _planned(loaded: Loaded, path: Path, watch: Watch) -> tuple[Plan, float, dic
     else:
         record = plan_record(found, beta, why=_why(config), generator=generator)
         if not own.is_file():
-            _write_pool(own, pool, verb="plan", hashes=loaded.hashes)
+            store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
         store.write_json(path / "plan.json", record)
     settled = {**config.model_dump(), "beta": beta, "kl_budget": None, "reward_goal": None}
     store.write_yaml(path / "config.yaml", settled)
     watch.event("plan", record)
     return found, beta, record
+
+
+def _check_pool(pool: Pool, config: Config) -> None:
+    """Refuse, before anything is trained, a pool that the configured steps cannot live on."""
+    replayed = config.num_replay + (config.num_generations if config.replay_steps else 0)
+    if replayed > pool.draws.num_draws:
+        raise ValueError(
+            f"a step would replay {replayed} kept draws a prompt, and the pool has {pool.draws.num_draws}; replay "
+            "fewer, or plan with more"
+        )
+    if config.num_replay + config.replay_steps > 0 and config.prompts_per_step > pool.draws.num_prompts:
+        raise ValueError(
+            f"prompts_per_step {config.prompts_per_step} is more than the {pool.draws.num_prompts} prompts of the "
+            "pool; use fewer a step, or plan with more prompts"
+        )
+    if config.method != "forward_kl" and bool(pool.reward.isneginf().any()):
+        raise ValueError(
+            f"the reward forbids some completions (-inf), and {config.method} cannot be infinitely far from the "
+            "target; use method forward_kl, or a finite reward"
+        )
 
 
 def _why(config: Config) -> str:
@@ -347,154 +350,6 @@ def _stored_pool(path: Path, loaded: Loaded) -> Pool:
     if found.reward is None or found.log_ref is None:
         raise ValueError(f"{path}: these draws have no reward or no log_ref; draw a new pool with plan")
     return Pool(found.draws, found.reward, found.log_ref, found.reward_parts)
-
-
-def _write_pool(
-    path: Path, pool: Pool, *, verb: str, hashes: Mapping[str, str], step: int | None = None
-) -> None:
-    store.write_draws(
-        path,
-        pool.draws,
-        verb=verb,
-        hashes=hashes,
-        step=step,
-        reward=pool.reward,
-        reward_parts=pool.parts,
-        log_ref=pool.log_ref,
-        log_pi=pool.log_pi,
-        token_log_ref=pool.token_log_ref,
-        token_log_pi=pool.token_log_pi,
-    )
-
-
-# Train.
-
-
-def _trained(
-    loaded: Loaded, path: Path, pool: Pool | None, beta: float, resume: bool, watch: Watch
-) -> tuple[int, bool]:
-    """Train, from the newest checkpoint if there is one; (steps done, whether it was stopped)."""
-    config, policy = loaded.config, loaded.policy
-    parameters = list(policy.parameters())
-    optimizer = adamw(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config=config))
-    generator = generator_for(config.seed, "train")
-    replays = config.num_replay > 0 or config.replay_steps > 0
-    examples = list(loaded.train_examples)
-    state = TrainState()
-    if pool is not None and replays:
-        limit = max(Replay().limit, pool.draws.num_draws)
-        state = TrainState(replay=Replay(limit=limit).extended(pool))
-        examples = list(pool.draws.examples)  # only of these something is kept
-    average = [m.detach().clone() for m in masters(optimizer)] if config.average_weights else []
-    checkpoints, metrics = path / "checkpoints", path / "metrics.jsonl"
-    if resume and store.list_checkpoints(checkpoints):
-        checkpoint = store.load_latest_checkpoint(checkpoints)
-        for warning in checkpoint.warnings:
-            watch.event("warning", warning)
-        state = restore(checkpoint, parameters, optimizer, scheduler, average, generator, replay=state.replay)
-    if metrics.is_file():
-        store.truncate_jsonl(metrics, state.step)
-    store.remove_draws_after(path, "train", state.step)
-
-    target = tilt(loaded.reference, loaded.reward, beta)
-    clip = {} if config.clip is None else {"clip": config.clip}
-    log = trackers(config, path)
-    evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
-    steps = train(
-        examples,
-        policy,
-        target,
-        loaded.sampler,
-        partial(OBJECTIVES[config.method], **clip),
-        optimizer,
-        max_steps=config.max_steps,
-        prompts_per_step=config.prompts_per_step,
-        num_draws=config.num_generations,
-        num_replay=config.num_replay,
-        replay_steps=config.replay_steps,
-        keep_fresh=config.keep_fresh and config.num_replay > 0,
-        max_grad_norm=config.max_grad_norm,
-        scheduler=scheduler,
-        state=state,
-        generator=generator,
-    )
-    watch.event("train", {"step": state.step, "max_steps": config.max_steps})
-    for step in steps:
-        state = step.state
-        if average:
-            average = moved_average(average, masters(optimizer), decay=config.average_weights, step=step.step)
-        record = step_record(step)
-        if config.eval_steps is not None and step.step % config.eval_steps == 0:
-            with speaking_as(average or masters(optimizer), optimizer, parameters):
-                record["evaluation"] = evaluate(step.step)
-        if step.fresh is not None:
-            where = store.draws_path(path, "train", step.step)
-            _write_pool(where, step.fresh, verb="train", hashes=loaded.hashes, step=step.step)
-        store.append_jsonl(metrics, record)
-        log(record)
-        watch.event("step", record)
-        stopped = watch.stop() and step.step < config.max_steps
-        if stopped or step.step % config.save_steps == 0 or step.step == config.max_steps:
-            tensors, rest = saved(state, parameters, optimizer, scheduler, average, generator)
-            store.save_checkpoint(checkpoints, step.step, tensors, rest, keep=config.save_total_limit)
-            watch.event("checkpoint", {"step": step.step})
-        if stopped:
-            return step.step, True
-    write_out(average or masters(optimizer), parameters)  # from here on the policy is what was averaged
-    store.write_directory_whole(path / "policy", partial(save_policy, policy))
-    watch.event("trained", {"step": state.step})
-    return state.step, False
-
-
-def rate(step: int, *, config: Config) -> float:
-    """The share of learning_rate that step number `step`, from 0, takes; it ends just above zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    done = min((step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1), 1.0)
-    shapes = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
-    return shapes[config.lr_scheduler_type]
-
-
-def _reference_of_evaluation(loaded: Loaded) -> Callable[[], Pool]:
-    """Reference draws that all evaluations of a training share, drawn when first needed; the same after a resume."""
-    drawn: list[Pool] = []
-
-    def get() -> Pool:
-        if not drawn:
-            drawn.append(
-                draw_pool(
-                    loaded.test_examples[: loaded.config.eval_prompts],
-                    loaded.reference,
-                    loaded.reward,
-                    loaded.sampler,
-                    num_draws=loaded.config.eval_draws,
-                    generator=generator_for(loaded.config.seed, "evaluate the reference"),
-                )
-            )
-        return drawn[0]
-
-    return get
-
-
-def _evaluated(loaded: Loaded, target: Tilt, reference_pool: Callable[[], Pool], step: int) -> dict[str, Any]:
-    pool = reference_pool()
-    found = measure(
-        pool.draws.examples,
-        loaded.policy,
-        target,
-        loaded.sampler,
-        num_draws=loaded.config.eval_draws,
-        generator=generator_for(loaded.config.seed, f"evaluate {step}"),
-        reference_pool=pool,
-    ).certificate
-    names = ("reward", "kl", "objective", "gap", "attained", "reference_reward")
-    return {name: getattr(found, name).as_dict() for name in names}
 
 
 # Measure.
@@ -518,7 +373,7 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
         draws = path / "draws"
         draws.mkdir(parents=True, exist_ok=True)
         for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
-            _write_pool(draws / f"{verb}.parquet", pool, verb=verb, hashes=loaded.hashes)
+            store.write_pool(draws / f"{verb}.parquet", pool, verb=verb, hashes=loaded.hashes)
         store.write_json(path / "measure.json", record)
     watch.event("measure", record)
     return record

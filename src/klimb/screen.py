@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from klimb.run import Watch
+from klimb.watch import Watch
 
 EVERY = 5.0
 """seconds between plain lines of progress"""
@@ -146,14 +147,16 @@ def estimate(record: Mapping[str, Any] | None) -> str:
         return "unknown"
     from klimb.numbers.estimate import Estimate
 
-    ends = (record[name] if record[name] is not None else float("inf") for name in ("low", "high"))
-    return str(Estimate(record["value"], *ends, record["n"], tuple(record["warnings"])))
+    low = -math.inf if record["low"] is None else record["low"]
+    high = math.inf if record["high"] is None else record["high"]
+    return str(Estimate(record["value"], low, high, record["n"], tuple(record["warnings"])))
 
 
 def outcome(record: Mapping[str, Any]) -> RenderableType:
     """The panel at the end of plan, train and climb."""
     if record["measure"] is not None:
-        return Panel(Group(_measured(record["measure"]), *_places(record)), title="klimb", expand=False)
+        found = _measured(record["measure"], record["plan"])
+        return Panel(Group(found, *_places(record)), title="klimb", expand=False)
     parts: list[RenderableType] = []
     if record["plan"] is not None:
         parts.append(_planned(record["plan"]))
@@ -203,11 +206,15 @@ def _planned(plan: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _measured(found: Mapping[str, Any]) -> RenderableType:
+def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> RenderableType:
     table = _grid()
     table.add_row("reference reward", estimate(found["reference"]["reward"]))
-    table.add_row("predicted optimum", estimate(found["optimum"]["reward"]))
-    table.add_row("  at KL", estimate(found["optimum"]["kl"]) + " nats")
+    for label, best in (
+        ("predicted optimum", plan and plan["optimum"]),
+        ("measured optimum", found["optimum"]),
+    ):
+        if best:
+            table.add_row(label, f"{estimate(best['reward'])} at KL {estimate(best['kl'])} nats")
     table.add_row("trained policy", estimate(found["reward"]))
     table.add_row("  at sequence KL", estimate(found["kl"]) + " nats")
     table.add_row("gap to the optimum", f"{estimate(found['gap'])} reward  (beta {found['beta']:.4g})")
@@ -238,14 +245,16 @@ def _plan_line(record: Mapping[str, Any]) -> str:
 
 def _step(record: Mapping[str, Any]) -> str:
     if "reward" not in record:
-        return f"residual sd {record['residual_std']:.2f} nats"
+        spread = record.get("residual_std")
+        return "replayed" if spread is None else f"residual sd {spread:.2f} nats"
     held = record.get("evaluation")
     tail = (
         ""
         if held is None
         else f"  held out: reward {estimate(held['reward'])} attained {estimate(held['attained'])}"
     )
-    return f"reward {record['reward']['value']:.3f}  KL {record['kl']['value']:.2f}{tail}"
+    reward, cost = (record[name]["value"] for name in ("reward", "kl"))
+    return f"reward {'-inf' if reward is None else f'{reward:.3f}'}  KL {cost:.2f}{tail}"
 
 
 def _grid() -> Table:

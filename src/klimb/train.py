@@ -138,7 +138,7 @@ def train(
             target,
             objective,
             scale=beta / len(batch),
-            num_fresh=0 if fresh is None else num_draws,
+            num_fresh=num_draws if fresh is not None and fresh.draws.own_law else 0,
         )
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
         if not torch.isfinite(norm):
@@ -156,14 +156,15 @@ def train(
         state = TrainState(state.step + 1, order, replay)
         yield Step(
             step=state.step,
-            estimates={} if fresh is None else fresh_estimates(fresh, beta, step=state.step),
+            estimates={}
+            if fresh is None or fresh.log_pi is None
+            else fresh_estimates(fresh, beta, step=state.step),
             numbers={
                 "objective_value": value.mean().item(),
-                "residual_std": residual.std(1).mean().item(),
+                **spread(residual),
                 "grad_norm": norm.item(),
                 "learning_rate": rate,
-                "completion_length": pool.draws.lengths.float().mean().item(),
-                "finished": pool.draws.finished.float().mean().item(),
+                **lengths(pool if fresh is None else fresh),
                 "tokens": int(pool.draws.lengths.sum()),
             },
             seconds=seconds,
@@ -184,12 +185,29 @@ def next_prompts(
     return left[:prompts_per_step], tuple(left[prompts_per_step:])
 
 
+def spread(residual: Tensor) -> dict[str, float]:
+    """How uneven the residual is, nats; nothing where a prompt has fewer than two draws that are not forbidden."""
+    groups = [row[row.isfinite()] for row in residual]
+    if any(len(group) < 2 for group in groups):
+        return {}
+    return {"residual_std": sum(group.std().item() for group in groups) / len(groups)}
+
+
+def lengths(pool: Pool) -> dict[str, float]:
+    """Mean completion length in tokens, and the share that ended by themselves."""
+    return {
+        "completion_length": pool.draws.lengths.float().mean().item(),
+        "finished": pool.draws.finished.float().mean().item(),
+    }
+
+
 @torch.no_grad()
 def scored_pool(draws: Draws, target: Tilt) -> Pool:
     """Fresh draws with their rewards and reference log-probabilities."""
     rewards = score(target.reward, draws)
     log_ref = draws.sequence_sums(target.reference.log_prob(draws))
-    return Pool(draws, rewards.total, log_ref, rewards.parts, log_pi=draws.log_q)
+    # of a sampler with another law (temperature) log_q is not log pi, and its draws tell no mean under the policy
+    return Pool(draws, rewards.total, log_ref, rewards.parts, log_pi=draws.log_q if draws.own_law else None)
 
 
 def scored(pool: Pool, target: Tilt) -> Scored:

@@ -130,6 +130,7 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(klimb, tin
         "r": 16,
         "alpha": 32.0,
         "target_modules": "all-linear",
+        "layers": None,
         "start": None,
     }
     assert not (tmp_path / "run").exists()

@@ -136,6 +136,6 @@ def test_the_reviews_are_96_and_32_different_things_that_lean_nowhere():
         subject = example.columns["subject"]
         assert example.prompt == [
             {"role": "system", "content": "You write short reviews."},
-            {"role": "user", "content": f"Write a one-sentence review of {subject}."},
+            {"role": "user", "content": f"Review {subject} in a few words."},
         ]
         assert analyzer.polarity_scores(subject)["compound"] == 0, subject

@@ -140,7 +140,7 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Drawing the page takes longer than all the rest, and is not what these tests look at."""
-    monkeypatch.setattr("klimb.run.report", lambda path: None)
+    monkeypatch.setattr("klimb.run.report", lambda path, watch: None)
 
 
 @pytest.fixture

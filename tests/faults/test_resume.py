@@ -15,8 +15,9 @@ import torch
 
 from klimb import run as edge
 from klimb.config import load
-from klimb.run import Watch, climb, run_train
+from klimb.run import climb, run_train
 from klimb.store import load_latest_checkpoint, read_draws, read_jsonl
+from klimb.watch import Watch
 
 SEED = 20  # of the moments to kill at
 PRELOAD = ["klimb.run", "peft", "transformers.models.llama.modeling_llama"]
@@ -24,7 +25,7 @@ PRELOAD = ["klimb.run", "peft", "transformers.models.llama.modeling_llama"]
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr(edge, "report", lambda path: None)
+    monkeypatch.setattr(edge, "report", lambda path, watch: None)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def everything(run):
 def child(config, resume):
     """Plan, train and measure, without the page."""
     torch.set_num_threads(1)
-    drawn, edge.report = edge.report, lambda path: None
+    drawn, edge.report = edge.report, lambda path, watch: None
     climb(config, resume=resume)
     edge.report = drawn
 
@@ -216,7 +217,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(klimb, config, who
     assert status == 130
     assert f"klimb train --resume {run}" in err
     assert [record["step"] for record in steps_of(run)] == [1, 2]
-    monkeypatch.setattr(edge, "report", lambda path: None)
+    monkeypatch.setattr(edge, "report", lambda path, watch: None)
     assert klimb("train", "-q", "--resume", run)[0] == 0
     assert (run / "policy/adapter_model.safetensors").read_bytes() == (
         whole / "policy/adapter_model.safetensors"

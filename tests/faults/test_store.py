@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, where, before)
             raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     if where == "fsync":
-        monkeypatch.setattr(store.os, "fsync", full_disk)
+        monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(
         ValueError, match=r"the disk is full: .*plan.json was not written, what was there before is whole"
     ):
@@ -106,7 +106,7 @@ def test_write_directory_whole_replaces(tmp_path, monkeypatch):
     store.write_directory_whole(path, lambda p: (p / "old").write_text("1"))
     store.write_directory_whole(path, lambda p: ((p / "deep").mkdir(), (p / "deep" / "new").write_text("2")))
     assert files(tmp_path) == ["policy", "policy/deep", "policy/deep/new"]
-    monkeypatch.setattr(store.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(ValueError, match="the disk is full"):
         store.write_directory_whole(path, lambda p: (p / "newer").write_text("3"))
     assert files(tmp_path) == ["policy", "policy/deep", "policy/deep/new"]
@@ -211,7 +211,7 @@ def test_truncate_jsonl(tmp_path):
 def test_a_full_disk_takes_the_half_record_back(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     store.append_jsonl(path, {"step": 1})
-    monkeypatch.setattr(store.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(ValueError, match="the disk is full"):
         store.append_jsonl(path, {"step": 2})
     assert path.read_bytes() == b'{"step": 1}\n'
@@ -252,7 +252,7 @@ def test_create_run(tmp_path):
 
 def test_no_run_where_the_disk_was_full(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full_disk)
+        patch.setattr(os, "fsync", full_disk)
         with pytest.raises(ValueError, match="the disk is full"):
             store.create_run(tmp_path / "run", config={})
     assert files(tmp_path / "run") == ["checkpoints", "draws"]
@@ -475,7 +475,7 @@ def test_a_full_disk_keeps_the_older_checkpoints(tmp_path, monkeypatch):
     for step in (1, 2):
         store.save_checkpoint(tmp_path, step, tensors(step), STATE)
     before = files(tmp_path)
-    monkeypatch.setattr(store.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(ValueError, match=r"the disk is full: .*step-000003"):
         store.save_checkpoint(tmp_path, 3, tensors(3), STATE)
     assert files(tmp_path) == before

@@ -3,6 +3,8 @@
 The target is a shift of the first coordinate by 1 / beta; a policy is a shift (m, s), its KL (m^2 + s^2) / 2.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -101,3 +103,51 @@ def test_reward_flat():
     d = diagnose(c)
     assert (d.verdict, d.because) == ("reward flat", "81% of the prompts give every draw the same reward")
     assert DROPPED not in c.warnings
+
+
+def test_spread_between_prompts_does_not_make_an_optimal_policy_look_useless():
+    """Hard and easy prompts side by side: ten never succeed, fourteen do at 0.6; the policy is exactly the best one."""
+    beta, ref = 0.5, torch.tensor([0.0] * 10 + [0.6] * 14, dtype=torch.float64)
+    best = ref * math.exp(1 / beta) / (1 + ref * (math.exp(1 / beta) - 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def pool(rate):
+        reward = (torch.rand(24, 32, generator=generator, dtype=torch.float64) < rate[:, None]).double()
+        shift = torch.where(reward > 0, (best / ref)[:, None], ((1 - best) / (1 - ref))[:, None]).log()
+        return reward, shift.nan_to_num(0.0), torch.zeros_like(shift)
+
+    (r1, pi1, ref1), (r2, pi2, ref2) = pool(best), pool(ref)
+    found = certificate(
+        beta=beta,
+        reward_policy=r1,
+        log_pi_policy=pi1,
+        log_ref_policy=ref1,
+        reward_reference=r2,
+        log_pi_reference=pi2,
+        log_ref_reference=ref2,
+        generator=generator,
+    )
+    points = frontier(r2, [beta], generator=generator)
+    assert diagnose(found, points).verdict != "reward flat"
+
+
+def test_an_infinite_gap_is_not_close_to_the_best():
+    """Both draw a forbidden outcome: the gap is infinite, and no share of it can be told."""
+    generator = torch.Generator().manual_seed(0)
+    reward, zero = (
+        torch.randn(16, 32, generator=generator, dtype=torch.float64),
+        torch.zeros(16, 32, dtype=torch.float64),
+    )
+    reward[0, 0] = -math.inf
+    found = certificate(
+        beta=1.0,
+        reward_policy=reward,
+        log_pi_policy=zero,
+        log_ref_policy=zero,
+        reward_reference=reward,
+        log_pi_reference=zero,
+        log_ref_reference=zero,
+        generator=generator,
+    )
+    assert not found.attained.reliable
+    assert diagnose(found).verdict == "cannot tell"

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from klimb.models.policy import CausalPolicy, adapters, check_head
 
 
-def full(model: Any, tokenizer: Any, *, max_chunk_tokens: int = 2048) -> tuple[CausalPolicy, CausalPolicy]:
+def full(model: Any, tokenizer: Any, *, max_chunk_tokens: int = 512) -> tuple[CausalPolicy, CausalPolicy]:
     """Every weight moves; the reference is a frozen copy. Returns (policy, reference).
 
     Raises:
@@ -48,7 +48,7 @@ def lora(
     layers: int | None = None,
     start: str | Path | None = None,
     seed: int = 0,
-    max_chunk_tokens: int = 2048,
+    max_chunk_tokens: int = 512,
 ) -> tuple[CausalPolicy, CausalPolicy]:
     """Low-rank adapters move: W + (alpha / r) B A, B zero at first. Returns (policy, reference).
 
@@ -161,13 +161,14 @@ def last_layers(model: Any, target_modules: str | list[str], layers: int) -> lis
     if layers > total:
         raise ValueError(f"lora: got layers {layers}, but the model has {total}; take at most as many")
     kept = {str(i) for i in range(total - layers, total)}
-    wanted = None if target_modules == "all-linear" else [target_modules, *target_modules]
+    wanted = [target_modules] if isinstance(target_modules, str) else target_modules
     names = [
         name
         for name, module in model.get_decoder().named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
-        and kept.intersection(name.split("."))
-        and (wanted is None or name.rsplit(".", 1)[-1] in wanted)
+        and next((part for part in name.split(".") if part.isdigit()), None)
+        in kept  # the first: experts come later
+        and (wanted == ["all-linear"] or name.rsplit(".", 1)[-1] in wanted)
     ]
     if not names:
         raise ValueError(

@@ -14,7 +14,11 @@ from torch import Tensor
 
 
 def adamw(
-    parameters: Sequence[Tensor], *, lr: float, betas: tuple[float, float], weight_decay: float
+    parameters: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
     """AdamW over the masters of `parameters`; a step takes their gradients, clears them, and moves both.
 

@@ -38,7 +38,7 @@ class CausalPolicy:
     tokenizer: Any
     activate: Callable[[], AbstractContextManager] = nullcontext
     trainable: tuple[Tensor, ...] = ()
-    max_chunk_tokens: int = 2048
+    max_chunk_tokens: int = 512
     end: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from klimb.numbers.frontier import pool_warnings, trust_warnings
 from klimb.numbers.tilt import draws_needed, log_mean_exp, log_partition, tilted_kl, tilted_mean
 from klimb.numbers.weights import effective_sample_size, pooled_pareto_k
 
+NO_ROOM = "what could be gained over the reference"
 DROPPED = "the policy has dropped modes that the reference still has: its own draws do not show the gap"
 
 
@@ -186,9 +187,11 @@ def certificate(
         "unreliable: {} is not clearly above zero, so a share of it says nothing; needs more draws or prompts"
     )
     unbounded = ("the reference draws forbidden outcomes (reward -inf): its own gap is infinite",)
-    no_room = () if room.low > 0 else (flat_ratio.format("what could be gained over the reference"),)
+    no_room = () if room.low > 0 else (flat_ratio.format(NO_ROOM),)
     no_lift = () if lift.low > 0 else (flat_ratio.format("what could be gained at the policy's KL"),)
     infinite = unbounded if (reference[..., 0] == -math.inf).any() else ()
+    if not math.isfinite(estimate("gap", "both").value):
+        infinite = ("unreliable: the policy draws forbidden outcomes (reward -inf), so its gap is infinite",)
     gap, self_gap = estimate("gap", "both", doubts), estimate("self_gap", "policy")
     overlap = estimate("overlap", "reference")
     # a difference at the level of rounding is none: an exactly optimal policy has intervals of zero width
@@ -282,7 +285,7 @@ def _summary(means: Tensor, beta: float, betas: list[float]) -> Tensor:
     ceiling = torch.minimum((slopes * (means[..., n + 1 :] + price)).amin(-1), means[..., n])
     room = beta * of["log_z"] - of["reference_reward"]
     lift = ceiling - of["reference_reward"]
-    # 1 - gap / room: the same number, and it stays right where the reference's own gap is infinite
+    # 1 - gap / room: the same number, and it stays right where the reference's own gap is infinite (not the policy's)
     attained = 1 - of["gap"] / room
     efficiency = 1 - (ceiling - of["reward"]) / lift
     return torch.cat([means[..., :n], torch.stack([attained, efficiency, room, lift], -1)], -1)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from klimb.numbers.certificate import DROPPED, Certificate
+from klimb.numbers.certificate import DROPPED, NO_ROOM, Certificate
 from klimb.numbers.estimate import Estimate
 from klimb.numbers.frontier import FrontierPoint
 
@@ -66,6 +66,12 @@ def diagnose(certificate: Certificate, frontier: Sequence[FrontierPoint] = ()) -
     if flat := _flat(c, frontier):
         return Diagnosis(
             "reward flat", flat, "Change the reward, the prompts or the sampler: no training can help."
+        )
+    if not (math.isfinite(attained.value) and math.isfinite(c.gap.value)):
+        return Diagnosis(
+            "cannot tell",
+            f"attained {attained} and gap {c.gap} are not finite: forbidden outcomes (reward -inf) were drawn",
+            "Measure with a reward that is finite, or train with forward_kl until none of them is drawn.",
         )
     if not attained.reliable:
         reason = next(w for w in attained.warnings if "unreliable" in w)
@@ -128,6 +134,9 @@ def _ceiling(c: Certificate, frontier: Sequence[FrontierPoint]) -> float:
 def _flat(c: Certificate, frontier: Sequence[FrontierPoint]) -> str:
     if c.flat > 0.5:
         return f"{c.flat:.0%} of the prompts give every draw the same reward"
+    # the certificate's own gain is paired over prompts, so easy and hard prompts do not blur it
+    if NO_ROOM not in " ".join(c.attained.warnings):
+        return ""
     if frontier and all(p.reliable and p.reward.low <= c.reference_reward.high for p in frontier):
         best = max(frontier, key=lambda p: p.reward.value)
         return f"no beta earns more than the reference's {c.reference_reward}: the frontier ends at {best.reward}"

@@ -99,6 +99,7 @@ def ancestral(
         texts=[[policy.decode(ids) for ids in group] for group in completions],
         log_q=log_q.float(),
         full_support=top_p >= 1.0,
+        own_law=temperature == 1.0 and top_p >= 1.0,
     )
 
 

@@ -1,0 +1,135 @@
+"""The directory of a run: made, taken up again or taken back; what it depended on; where its draws lie."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from klimb.store.whole import as_yaml, clear_interrupted, write_json, write_yaml
+
+PACKAGES = (
+    "klimb",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+)
+
+
+def create_run(
+    output_dir: str | Path,
+    *,
+    config: Mapping[str, object],
+    seed: int | None = None,
+    reward_hashes: Mapping[str, str] | None = None,
+    resume: bool = False,
+) -> Path:
+    """Make a run directory with its config.yaml and env.json, or take up the one that is there.
+
+    Args:
+        output_dir: where; it may exist, but hold no run.
+        config: the resolved configuration.
+        seed: of the run, for env.json.
+        reward_hashes: name -> sha256 of the reward's code, for env.json.
+        resume: take up the run that is there; its configuration has to be `config`.
+
+    Raises:
+        ValueError: a run is there and not to be resumed, or none is and it is, or its configuration differs.
+    """
+    run = Path(output_dir)
+    config_file = run / "config.yaml"
+    if resume:
+        if not config_file.is_file():
+            raise ValueError(
+                f"{run}: holds no run to resume; expected the output_dir of a run that was started"
+            )
+        _same_config(run, yaml.safe_load(config_file.read_text(encoding="utf-8")), config)
+        clear_interrupted(run)
+        return run
+    check_free(run)
+    for folder in (run, run / "draws", run / "checkpoints"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(run / "env.json", environment(seed=seed, reward_hashes=reward_hashes))
+    write_yaml(config_file, config)  # last: it is what makes the folder a run
+    return run
+
+
+def check_free(output_dir: str | Path) -> None:
+    """Refuse an output directory that is a file or already holds a run.
+
+    Raises:
+        ValueError: it is or does.
+    """
+    run = Path(output_dir)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir {run}: got a file, expected a folder or a new name")
+    if (run / "config.yaml").exists():
+        raise ValueError(
+            f"output_dir {run} holds another run; use --resume {run} to go on with it, or another output_dir"
+        )
+
+
+def undo_run(run: str | Path) -> None:
+    """Take back a run that `create_run` has just made and that could not begin; files of others stay."""
+    run = Path(run)
+    for name in ("config.yaml", "env.json"):
+        (run / name).unlink(missing_ok=True)
+    for folder in (run / "draws", run / "checkpoints", run):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def environment(*, seed: int | None = None, reward_hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a run depended on: versions, git revision of the current folder, seed, hashes of reward code."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_changed": bool(_git("status", "--porcelain")),
+        "seed": seed,
+        "reward_hashes": dict(reward_hashes or {}),
+    }
+
+
+def draws_path(run: str | Path, verb: str, step: int | None = None) -> Path:
+    """Where a verb's draws lie: draws/plan.parquet, draws/train-000012.parquet."""
+    return Path(run) / "draws" / (f"{verb}.parquet" if step is None else f"{verb}-{step:06d}.parquet")
+
+
+def remove_draws_after(run: str | Path, verb: str, step: int) -> None:
+    """Remove a verb's draws of all later steps, as resume does."""
+    for path in (Path(run) / "draws").glob(f"{verb}-*.parquet"):
+        if int(path.stem.rpartition("-")[2]) > step:
+            path.unlink()
+
+
+def _same_config(run: Path, stored: Mapping[str, Any], config: Mapping[str, object]) -> None:
+    given = yaml.safe_load(as_yaml(config))
+    differ = sorted(key for key in {*stored, *given} if stored.get(key) != given.get(key))
+    if differ:
+        key = differ[0]
+        raise ValueError(
+            f"{run} holds another run: its {', '.join(differ)} differ "
+            f"({key}: got {given.get(key)!r}, there it is {stored.get(key)!r}); "
+            f"resume it as it was started, or use another output_dir"
+        )
+
+
+def _git(*arguments: str) -> str | None:
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
