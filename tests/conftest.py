@@ -5,6 +5,7 @@ import os
 from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same bits in this process and in those it starts
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
