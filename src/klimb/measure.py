@@ -16,7 +16,7 @@ from klimb.models.policy import CausalPolicy
 from klimb.numbers.certificate import Certificate, certificate
 from klimb.numbers.diagnose import Diagnosis, diagnose
 from klimb.numbers.frontier import default_betas, frontier
-from klimb.plan import Progress, draw_pool, silent
+from klimb.plan import Progress, draw_pool, prompts_at_once, silent
 from klimb.target import Tilt
 
 
@@ -118,10 +118,10 @@ def measure(
 
 @torch.no_grad()
 def score_tokens(
-    policy: CausalPolicy, pool: Pool, *, progress: Progress = silent, what: str = "score", at_once: int = 4
+    policy: CausalPolicy, pool: Pool, *, progress: Progress = silent, what: str = "score"
 ) -> torch.Tensor:
     """[N] log-probability of every token of the pool under `policy`, nats."""
-    parts, size = [], pool.draws.num_prompts
+    parts, size, at_once = [], pool.draws.num_prompts, prompts_at_once(pool.draws.num_draws)
     for start in range(0, size, at_once):
         stop = min(start + at_once, size)
         parts.append(policy.log_prob(select(pool.draws, range(start, stop))))

@@ -24,6 +24,20 @@ Progress = Callable[[str, int, int], None]
 """called with what is being done, how much of it is done, and how much there is"""
 
 
+ROWS_AT_ONCE = 192
+"""completions between two words about progress; enough for the matrix products to be large"""
+
+
+def prompts_at_once(num_draws: int) -> int:
+    """How many prompts go together so that about ROWS_AT_ONCE completions do.
+
+    Example:
+        >>> prompts_at_once(40), prompts_at_once(1000)
+        (4, 1)
+    """
+    return max(1, ROWS_AT_ONCE // num_draws)
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Say nothing."""
 
@@ -102,13 +116,12 @@ def draw_pool(
     generator: torch.Generator,
     progress: Progress = silent,
     what: str = "draw",
-    at_once: int = 4,
 ) -> Pool:
     """Draw from `policy` and score with `reward`, a few prompts at a time.
 
     `log_ref` of the pool is the law of the draw, so `policy` is taken to be the reference.
     """
-    parts, total = [], len(examples) * num_draws
+    parts, total, at_once = [], len(examples) * num_draws, prompts_at_once(num_draws)
     progress(what, 0, total)
     for start in range(0, len(examples), at_once):
         draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)

@@ -8,7 +8,7 @@ import torch
 
 from klimb.data import Example, Pool, Sampler
 from klimb.models.policy import CausalPolicy
-from klimb.plan import Progress, silent
+from klimb.plan import Progress, prompts_at_once, silent
 from klimb.rewards.load import score
 from klimb.target import Tilt
 
@@ -22,7 +22,6 @@ def sample(
     generator: torch.Generator,
     target: Tilt,
     progress: Progress = silent,
-    at_once: int = 4,
 ) -> Iterator[Pool]:
     """Draw, score, and hand out a few prompts at a time.
 
@@ -34,11 +33,11 @@ def sample(
         generator: the only source of randomness.
         target: its reward scores the draws, its reference says how likely they were without training.
         progress: told how far it is.
-        at_once: prompts in one record.
 
     Yields:
-        Pools of at most `at_once` prompts.
+        Pools of a few prompts each.
     """
+    at_once = prompts_at_once(num_draws)
     for start in range(0, len(examples), at_once):
         draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)
         rewards = score(target.reward, draws)
