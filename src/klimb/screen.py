@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -188,8 +187,9 @@ def methods(console: Console) -> None:
 
     for name, row in METHODS.items():
         table = _grid()
-        for part in fields(row):
-            table.add_row(f"  {part.name}", Text(getattr(row, part.name) or "none"))
+        for part, text in row.as_dict().items():
+            if text:
+                table.add_row(f"  {part}", Text(str(text)))
         console.print(name, style="bold", soft_wrap=True)
         console.print(table)
 
