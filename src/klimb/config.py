@@ -6,7 +6,6 @@ completions each: nothing is divided by anything. Python users do not need any o
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from klimb.nearest import nearest, nearest_file
 
 DESTINATIONS = ("beta", "kl_budget", "reward_goal")
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -254,7 +255,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         >>> load(None, ["--learning_rat", "1"])
         Traceback (most recent call last):
         ...
-        ValueError: command line: no option --learning_rat (did you mean --learning_rate?)
+        ValueError: command line: no option --learning_rat (did you mean '--learning_rate'?)
     """
     base = {} if path is None else read_yaml(Path(path))
     arguments = [_underscored(argument) for argument in overrides]
@@ -270,10 +271,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: no such file, not YAML (by line), not a mapping, a key that does not exist.
     """
     if not path.is_file():
-        near = (
-            _nearest(path.name, [p.name for p in path.parent.iterdir()], "") if path.parent.is_dir() else ""
-        )
-        raise ValueError(f"{path}: no such file{near}")
+        raise ValueError(f"{path}: no such file{nearest_file(path)}")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -286,7 +284,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
     for name in _names_in(found):
         if name not in NAMES:
-            raise ValueError(f"{path}: no key {name!r}{_nearest(name, NAMES, '')}; klimb schema lists them")
+            raise ValueError(f"{path}: no key {name!r}{nearest(name, NAMES)}; klimb schema lists them")
     return found
 
 
@@ -324,7 +322,7 @@ def _check_names(arguments: Sequence[str]) -> None:
         if argument.startswith("--"):
             name, equals, _ = argument[2:].partition("=")
             if name not in NAMES:
-                raise ValueError(f"command line: no option --{name}{_nearest(name, NAMES, '--')}")
+                raise ValueError(f"command line: no option --{name}{nearest(name, NAMES, prefix='--')}")
             previous_is_name = not equals
         elif previous_is_name:
             previous_is_name = False
@@ -372,7 +370,7 @@ def _explained(details: Mapping[str, Any]) -> str:
     if details["type"] == "extra_forbidden":
         if name in NAMES:
             return f"{name} does not go with family.kind {details['loc'][1]}"
-        return f"no key {name!r}{_nearest(name, NAMES, '')}"
+        return f"no key {name!r}{nearest(name, NAMES)}"
     message = details["msg"].removeprefix("Value error, ")
     return f"{name}: got {details['input']!r}: {message}" if name else message
 
@@ -393,8 +391,3 @@ def _found(config: Config, folder: Path) -> Config:
             **({} if config.plan is None else {"plan": beside(config.plan)}),
         }
     )
-
-
-def _nearest(name: str, names: Iterable[str], dashes: str) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {dashes}{near[0]}?)" if near else ""

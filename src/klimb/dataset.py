@@ -8,13 +8,13 @@ loaded.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from klimb.data import Example
+from klimb.nearest import nearest, nearest_file
 
 Row = tuple[str, dict[str, object]]  # where it stands ("prompts.jsonl, line 3") and its columns
 
@@ -70,7 +70,7 @@ def load_examples(
         rows = list(_from_datasets(str(path_or_id), split))
     else:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file{_in_same_folder(path)}")
+            raise ValueError(f"{path}: no such file{nearest_file(path)}")
         rows = list(read(path))
     if not rows:
         raise ValueError(f"{path_or_id}: the data set is empty; expected at least one prompt")
@@ -79,7 +79,7 @@ def load_examples(
         rows = _only_split(rows, split, names, path)
     if prompt_column not in names:
         raise ValueError(
-            f"{path_or_id}: no column {prompt_column!r}{_nearest(prompt_column, names)}; "
+            f"{path_or_id}: no column {prompt_column!r}{nearest(prompt_column, names)}; "
             f"the columns there are {', '.join(names)}; name the right one with prompt_column"
         )
     others = [name for name in names if name != prompt_column]
@@ -136,7 +136,7 @@ def _only_split(rows: list[Row], split: str, names: list[str], path: Path) -> li
     kept = [(where, row) for where, row in rows if row.get("split") == split]
     if not kept:
         raise ValueError(
-            f"{path}: no split {split!r}{_nearest(split, there)}; the ones there are {', '.join(there)}"
+            f"{path}: no split {split!r}{nearest(split, there)}; the ones there are {', '.join(there)}"
         )
     return kept
 
@@ -193,7 +193,7 @@ def _from_datasets(name: str, split: str | None) -> Iterator[Row]:
         table = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # datasets, the hub and the network each raise classes of their own
         raise ValueError(
-            f"{name}: no file of this name{_in_same_folder(Path(name))}, and as a data set: "
+            f"{name}: no file of this name{nearest_file(Path(name))}, and as a data set: "
             f"{type(error).__name__}: {error}"
         ) from error
     for number, row in enumerate(table, start=1):
@@ -208,14 +208,3 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")  # with or without the mark that spreadsheets put first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-
-
-def _in_same_folder(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent} either"
-    return _nearest(path.name, (p.name for p in path.parent.iterdir()))
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -11,7 +11,7 @@ CHAT = [{"role": "user", "content": "write a review"}]
 
 # name, options that change, what is done to the files of the test's folder, words that the message must hold
 CASES = [
-    ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean --learning_rate"]),
+    ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean '--learning_rate'"]),
     ("misspelt nested option", {"family.alfa": 1}, None, ["--family.alfa", "--family.alpha"]),
     ("not a number", {"learning_rate": "fast"}, None, ["learning_rate", "'fast'"]),
     ("two bad values", {"learning_rate": -1, "max_steps": "x"}, None, ["learning_rate", "max_steps"]),
@@ -122,7 +122,7 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
     file = tmp_path / "run.yaml"
     for text, words in [
         ("dataset_name: a\nreward_funcs: b: c\n", ["run.yaml, line 2", "not YAML"]),
-        ("dataset_nam: a\n", ["dataset_nam", "did you mean dataset_name"]),
+        ("dataset_nam: a\n", ["dataset_nam", "did you mean 'dataset_name'"]),
         ("family: {kind: lora, rank: 4}\n", ["family.rank", "family.r"]),
         (
             "family: {kind: full, r: 4}\ndataset_name: a\nreward_funcs: b:c\n",
@@ -134,7 +134,7 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
     ]:
         file.write_text(text)
         refused(klimb("climb", "-c", file), words)
-    refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean run.yaml"])
+    refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean 'run.yaml'"])
 
 
 @pytest.fixture(autouse=True)
