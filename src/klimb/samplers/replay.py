@@ -64,10 +64,6 @@ class Replay:
             rows[example.id] = [*rows.get(example.id, ()), *new][-self.limit :]
         return replace(self, rows=rows)
 
-    def available(self, example: Example) -> int:
-        """How many completions of this prompt are kept."""
-        return len(self.rows.get(example.id, ()))
-
     def draw(self, examples: Sequence[Example], num_draws: int, *, generator: torch.Generator) -> Pool:
         """`num_draws` kept completions of each example, without repetition within one call.
 
