@@ -7,12 +7,21 @@ completions each: nothing is divided by anything. Python users do not need any o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from klimb.nearest import nearest, nearest_file
 
@@ -23,6 +32,8 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""a path that no shell has read: ~ is the home folder"""
 
 
 class Lora(BaseModel):
@@ -39,7 +50,7 @@ class Lora(BaseModel):
     """which linear layers; "all-linear" is all but the head"""
     layers: Count | None = None
     """adapt only the last so many layers; left out: all"""
-    start: str | None = None
+    start: Place | None = None
     """folder of an adapter to go on from; frozen, it is the reference"""
 
 
@@ -92,7 +103,7 @@ class Config(BaseModel):
     reward_goal: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """mean reward the best policy shall have; the plan finds its beta"""
 
-    plan: str | None = None
+    plan: Place | None = None
     """an earlier run, or its draws/plan.parquet, whose pool is used instead of a new one"""
     num_plan_draws: Annotated[int, Field(ge=2)] = 40
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
@@ -146,7 +157,7 @@ class Config(BaseModel):
     measure_draws: Annotated[int, Field(ge=2)] = 32
     """draws a prompt of it, of policy and reference each"""
 
-    output_dir: str = "runs/klimb"
+    output_dir: Place = "runs/klimb"
     """where everything is written"""
     save_steps: Count = 10
     """steps between checkpoints"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def load_examples(
     a configuration after a colon ("openai/gsm8k:main"), and without `split` its "train".
 
     Args:
-        path_or_id: a file, a folder of data files, or the id of a data set.
+        path_or_id: a file, a folder of data files, or the id of a data set; `~` is the home folder.
         split: which part to take; None takes all rows of a file.
         prompt_column: the column that holds the prompt.
         limit: at most this many examples, from the start.
@@ -60,6 +61,7 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1, or none to take all")
+    path_or_id = os.path.expanduser(path_or_id)
     path = Path(path_or_id)
     read = READERS.get(path.suffix.lower())
     if read is None and path.is_file():
@@ -67,7 +69,7 @@ def load_examples(
             f"{path}: got a file ending in {path.suffix!r}, expected one of {', '.join(READERS)}"
         )
     if read is None:
-        rows = list(_from_datasets(str(path_or_id), split))
+        rows = list(_from_datasets(path_or_id, split))
     else:
         if not path.is_file():
             raise ValueError(f"{path}: no such file{nearest_file(path)}")

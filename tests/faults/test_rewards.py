@@ -220,6 +220,12 @@ def test_bad_specs_are_refused(tmp_path, monkeypatch, case):
         load_reward(spec.format(tmp_path))
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("def reward(completions):\n    return [3.0]\n")
+    assert load_reward("~/mine.py:reward")(["a"]) == [3.0]
+
+
 def test_found_by_file_and_by_module(tmp_path, monkeypatch):
     (tmp_path / "klimb_test_helper.py").write_text("SCALE = 3\n")
     (tmp_path / "klimb_test_mine.py").write_text(

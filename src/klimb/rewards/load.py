@@ -20,6 +20,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import reprlib
 import sys
 import traceback
@@ -76,7 +77,7 @@ class Rewards:
 def load_reward(spec: str) -> Reward:
     """The reward that a text names.
 
-    "file.py:function" imports the file, "package.module:function" the module, also one here; anything
+    "file.py:function" imports the file (`~` is the home folder), "package.module:function" the module, also one here; anything
     without a colon is a sequence-classification model, by folder or hub id (see `klimb.rewards.model`).
 
     Raises:
@@ -90,6 +91,7 @@ def load_reward(spec: str) -> Reward:
         ...
         ValueError: math:hypott: module math has no 'hypott' (did you mean 'hypot'?)
     """
+    spec = os.path.expanduser(spec)
     place, colon, name = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
