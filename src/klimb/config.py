@@ -90,6 +90,8 @@ class Config(BaseModel):
     """prompts to measure on; null: the training prompts"""
     prompt_column: str = "prompt"
     """text, or a list of chat messages"""
+    max_prompts: Count | None = None
+    """plan and train on at most this many prompts, from the start; left out: all"""
 
     reward_funcs: Annotated[list[str], Field(min_length=1)]
     """file.py:function, package.module:function, or a sequence-classification model; one or several"""
@@ -107,8 +109,6 @@ class Config(BaseModel):
     """an earlier run, or its draws/plan.parquet, whose pool is used instead of a new one"""
     num_plan_draws: Annotated[int, Field(ge=2)] = 40
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
-    plan_prompts: Count | None = None
-    """at most this many training prompts; left out: all"""
 
     method: Literal["log_variance", "reverse_kl", "forward_kl"] = "log_variance"
     """the objective"""
@@ -143,7 +143,7 @@ class Config(BaseModel):
     """of AdamW"""
     max_grad_norm: Positive = 1.0
     """larger gradients are scaled down to this norm"""
-    average_weights: Share = 0.0
+    ema_decay: Share = 0.0
     """decay of a moving average of the weights, which is then what is measured and saved; 0: none"""
 
     eval_steps: Count | None = None

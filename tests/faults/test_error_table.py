@@ -169,7 +169,7 @@ def test_an_output_directory_that_holds_another_run(klimb, tiny_run, options, pl
         ({"max_completion_length": 7}, ["of another max_completion_length"]),
         ({"plan": "nowhere.parquet"}, ["nowhere.parquet", "no such file"]),
         ({"plan": "prompts.jsonl"}, ["prompts.jsonl", "Parquet"]),
-        ({"plan_prompts": 4}, ["other prompts"]),
+        ({"max_prompts": 4}, ["other prompts"]),
     ],
 )
 def test_a_pool_from_elsewhere_is_refused(
