@@ -132,7 +132,7 @@ def _only_split(rows: list[Row], split: str, names: list[str], path: Path) -> li
             return rows
         raise ValueError(
             f"{path}: no split {split!r}: the file has no column 'split', so all of it is 'train'; "
-            f"add the column, or leave split out"
+            "add the column, or take all of it (split None, in a configuration dataset_test_split: null)"
         )
     there = list(dict.fromkeys(str(row.get("split")) for _, row in rows))
     kept = [(where, row) for where, row in rows if row.get("split") == split]

@@ -25,7 +25,9 @@ def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
         (" (did you mean 'dataset_name'?)", '')
     """
     names = list(names)
-    near = difflib.get_close_matches(name, names, n=1) or [n for n in names if name and n.startswith(name)]
+    near = difflib.get_close_matches(name, names, n=1)
+    if not near and len(name) > 2:  # "lr" begins lr_scheduler_type, and learning_rate was meant
+        near = [n for n in names if n.startswith(name)]
     return f" (did you mean '{prefix}{near[0]}'?)" if near else ""
 
 
