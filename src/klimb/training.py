@@ -69,7 +69,7 @@ def trained(
         state = TrainState(replay=Replay(limit=limit).extended(pool))
         kept = {example.id for example in pool.draws.examples}  # only of these something is kept
         examples = [example for example in examples if example.id in kept]
-    average = [m.detach().clone() for m in masters(optimizer)] if config.average_weights else []
+    average = [m.detach().clone() for m in masters(optimizer)] if config.ema_decay else []
     checkpoints, metrics = path / "checkpoints", path / "metrics.jsonl"
     if resume and store.list_checkpoints(checkpoints):
         checkpoint = store.load_latest_checkpoint(checkpoints)
@@ -107,7 +107,7 @@ def trained(
     for step in steps:
         state = step.state
         if average:
-            average = moved_average(average, masters(optimizer), decay=config.average_weights, step=step.step)
+            average = moved_average(average, masters(optimizer), decay=config.ema_decay, step=step.step)
         if step.fresh is not None and len(seen) < 2:
             seen.update(step.fresh.reward.unique().tolist())
             if len(seen) < 2 and step.step >= PATIENCE:

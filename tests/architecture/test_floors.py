@@ -18,7 +18,7 @@ SOURCE = Path(klimb.__file__).parent
 FLOORS = [  # from the bottom
     {"numbers", "objectives"},
     {"exact"},
-    {"data"},
+    {"data", "nearest"},
     {"models", "samplers", "rewards", "target"},
     {"methods"},
     {"plan", "train", "measure", "sample", "climb"},
