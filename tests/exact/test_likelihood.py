@@ -200,6 +200,15 @@ def test_raft_of_one_is_best_of_g_with_ties(num_draws):
     assert kl(found, LOG_P) > 1e-3  # caveat: not p
 
 
+def test_rounds_of_raft_end_on_the_best_completion_alone():
+    """Caveat: nothing holds it; the 12th exact round of best of two has all its mass on the largest reward."""
+    law = LOG_REF.exp()[None]
+    for _ in range(12):
+        law = best_of_n_law(law, REWARD[None], 2)
+    assert law[0, REWARD.argmax()] > 1 - 1e-8
+    assert LOG_P[REWARD.argmax()].exp() < 0.9
+
+
 def test_raft_of_k_ends_at_the_law_of_one_of_the_best_k():
     y, prob = tuples(OFF, 4)
     best = torch.zeros(ATOMS).double()

@@ -60,20 +60,20 @@ def path_consistency(
         tensor([0.2500])
 
     Source: Nachum, Norouzi, Xu, Schuurmans, "Bridging the gap between value and policy based reinforcement learning",
-    2017, eqs. 14 to 17, with KL to a reference for the entropy, no discount, and d to the end of the episode.
+    2017; here with the KL to a reference for the entropy, and without a discount.
 
     Not the same as a critic's regression: the value here is the soft one, log E exp and not E, at the same beta.
     """
-    residual_of_values = _inconsistency(token_log_pi, token_log_ref, values, log_target, row)
+    apart = _inconsistency(token_log_pi, token_log_ref, values, log_target, row)
     if span is not None:
         if span < 1:
             raise ValueError(
                 f"path_consistency: got span = {span}, expected at least 1 token, or None for all"
             )
-        later = torch.zeros_like(residual_of_values)
-        later[:, :-span] = residual_of_values[:, span:]
-        residual_of_values = residual_of_values - later
-    return residual_of_values.square().sum(1).reshape(log_target.shape).mean(1) / 2
+        later = torch.zeros_like(apart)
+        later[:, :-span] = apart[:, span:]
+        apart = apart - later
+    return apart.square().sum(1).reshape(log_target.shape).mean(1) / 2
 
 
 def _inconsistency(
