@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klimb import cli_methods
+
 if TYPE_CHECKING:
     from klimb.config import Config
 
@@ -29,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli_methods.register(app)
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; options go over it.")]
@@ -192,14 +195,6 @@ def env_() -> None:
     from klimb.store import environment
 
     print(json.dumps(environment(), indent=2))
-
-
-@app.command("methods")
-def methods_() -> None:
-    """Print the table of methods: what each knows, claims, and where the claim ends."""
-    from klimb import screen
-
-    screen.methods(_console(False))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -181,19 +181,6 @@ def samples(record: Mapping[str, Any], show: int) -> RenderableType:
     return Group(table, Text(f"all of them: {record['path']}"))
 
 
-def methods(console: Console) -> None:
-    """Print `klimb.methods`."""
-    from klimb.methods import METHODS
-
-    for name, row in METHODS.items():
-        table = _grid()
-        for part, text in row.as_dict().items():
-            if text:
-                table.add_row(f"  {part}", Text(str(text)))
-        console.print(name, style="bold", soft_wrap=True)
-        console.print(table)
-
-
 def _planned(plan: Mapping[str, Any]) -> RenderableType:
     beta = plan["beta"]
     table = _grid()

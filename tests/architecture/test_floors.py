@@ -27,7 +27,7 @@ FLOORS = [  # from the bottom
     {"loaded"},
     {"training"},
     {"run"},
-    {"screen"},
+    {"screen", "cli_methods"},
     {"cli", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -66,6 +66,7 @@ class Findings:
         target: [Y] probabilities of p.
         alignment: cosine of the expected update with that of KL(pi||p), at a policy that is neither.
         scale: the expected update's length over that gradient's, along it.
+        update: the length of the expected update there.
         noise_at_target: E|g - E g|^2 of the update at p, summed over the table.
         noise_at_reference: the same at the reference, to compare with.
         drift_at_target: |E g| at p: zero where p is a fixed point.
@@ -78,6 +79,7 @@ class Findings:
     target: Tensor
     alignment: float
     scale: float
+    update: float
     noise_at_target: float
     noise_at_reference: float
     drift_at_target: float
@@ -146,10 +148,52 @@ def inspect(
         target=log_p.exp(),
         alignment=torch.nn.functional.cosine_similarity(update.flatten(), truth.flatten(), dim=0).item(),
         scale=((update * truth).sum() / (truth * truth).sum()).item(),
+        update=update.norm().item(),
         noise_at_target=field.variance(at_target),
         noise_at_reference=field.variance(at.ref),
         drift_at_target=field.mean(at_target).norm().item(),
     )
+
+
+def verdict(found: Findings, draws: Law) -> str:
+    """What was found, in plain words.
+
+    Example:
+        >>> from klimb.objectives import log_variance
+        >>> verdict(inspect(log_variance, toy(), num_draws=2), "policy").split(";")[0]
+        'stops at the target'
+    """
+    best = int(found.fixed_point.argmax())
+    if found.update < 1e-12:
+        return (
+            "stays wherever it starts; its expected update is zero, whatever the policy: it would train noise"
+        )
+    if found.stops == "boundary":
+        end = f"runs to certainty: {found.fixed_point[best].item():.0%} on one of {len(found.target)} completions"
+    elif found.stops == "nowhere":
+        end = f"comes to no rest in the steps allowed, {found.kl_to_target:.2g} nats from the target"
+    elif abs(found.kl_to_target) < 1e-8:
+        end = "stops at the target"
+    else:
+        end = f"stops elsewhere: KL(fixed point||p) = {found.kl_to_target:.3g} nats"
+    if found.alignment > 1 - 1e-8:
+        way = "on the way its expected update is the gradient of KL(pi||p)" + (
+            "" if abs(found.scale - 1) < 1e-6 else f" times {found.scale:.3g}"
+        )
+    else:
+        way = f"on the way its update makes an angle of cosine {found.alignment:.3f} with the gradient of KL(pi||p)"
+    if found.drift_at_target > 1e-8:
+        noise = "at the target it does not stay"
+    elif found.noise_at_target < 1e-16 * max(found.noise_at_reference, 1e-30):
+        noise = "at the target it has no noise"
+    else:
+        noise = f"at the target its noise is {found.noise_at_target / found.noise_at_reference:.2g} times that at the reference"
+    law = {
+        "policy": "its own fresh draws",
+        "reference": "draws of the reference",
+        "other": "draws of another law",
+    }
+    return f"{end}; {way}; {noise} (on {law[draws]})"
 
 
 @dataclass(frozen=True)
@@ -209,7 +253,8 @@ def numbers_of(at: Toy, table: Tensor, law: Tensor, outcomes: Tensor) -> dict[st
         outcomes: [M, G] which strings were drawn.
 
     Returns:
-        By name: [M, G] numbers, [N] packed token numbers, row [N], log_z [M].
+        By name: [M, G] numbers, [N] packed token numbers, row [N], log_z [M]. `values` are the soft values of the
+        prefixes, nats; `old_values` those of a critic that knows nothing, 0.
     """
     space, which = at.space, outcomes.flatten()
     mask, shape = space.mask[which], outcomes.shape
@@ -232,9 +277,21 @@ def numbers_of(at: Toy, table: Tensor, law: Tensor, outcomes: Tensor) -> dict[st
         "log_z": log_partition(at.log_target).expand(shape[0]),
         "reward": at.reward[outcomes],
         "beta": torch.tensor(at.beta, dtype=torch.float64),
+        "values": _soft_values(at)[space.prefixes][which][mask],
+        "old_values": torch.zeros(int(mask.sum()), dtype=torch.float64),
         "lengths": space.lengths[outcomes],
         "row": torch.arange(len(which)).repeat_interleave(space.lengths[which]),
     }
+
+
+def _soft_values(at: Toy) -> Tensor:
+    """[S] log E_ref[exp(r / beta) | prefix], nats."""
+    space = at.space
+    through = torch.zeros(2, space.num_prefixes, dtype=torch.float64)
+    for row, law in enumerate((at.log_target, log_prob(at.ref, space))):
+        mass = law.exp()[:, None].expand(space.strings.shape)
+        through[row].index_put_((space.prefixes[space.mask],), mass[space.mask], accumulate=True)
+    return through[0].log() - through[1].log()
 
 
 def _grad_kl(table: Tensor, at: Toy) -> Tensor:

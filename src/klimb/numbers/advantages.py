@@ -158,8 +158,34 @@ def whiten(x: Tensor, *, shift_mean: bool = True, epsilon: float = 1e-8) -> Tens
     return white if shift_mean else white + mean
 
 
+def reward_less_kl(reward: Tensor, log_old: Tensor, log_ref: Tensor, beta: Tensor | float) -> Tensor:
+    """The reward with the KL penalty in it, by k1 of the whole completion.
+
+    R = r - beta (log old - log ref)
+
+    Its mean under `old` is E[r] - beta KL(old||ref), unbiased, and at old = p it is the constant beta log Z: what is
+    left of a draw after a baseline is then exactly nothing.
+
+    Args:
+        reward: [P, G].
+        log_old: [P, G] log-probability under the policy that drew, nats.
+        log_ref: [P, G] under the reference, nats.
+        beta: units of reward per nat.
+
+    Returns:
+        [P, G] units of reward.
+
+    Example:
+        >>> reward_less_kl(torch.tensor([[1.0]]), torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), 0.1)
+        tensor([[0.8000]])
+
+    Source: Ziegler et al., 2019, "Fine-tuning language models from human preferences".
+    """
+    return (reward - beta * (log_old - log_ref)).detach()
+
+
 def token_reward(
-    reward: Tensor, token_log_old: Tensor, token_log_ref: Tensor, lengths: Tensor, *, beta: float
+    reward: Tensor, token_log_old: Tensor, token_log_ref: Tensor, lengths: Tensor, beta: Tensor | float
 ) -> Tensor:
     """The reward at a completion's last token, and the KL penalty at every token.
 
@@ -249,6 +275,40 @@ def gae(
         advantage[:, t] = after
     packed = advantage[mask]
     return packed, packed + values
+
+
+def gae_advantage(
+    token_reward: Tensor, old_values: Tensor, lengths: Tensor, *, gamma: float = 1.0, lam: float = 1.0
+) -> Tensor:
+    """The advantages [N] of `gae` alone; lambda is 1, so that they are unbiased however wrong the critic is.
+
+    Example:
+        >>> gae_advantage(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([[2]]))
+        tensor([0.5000, 0.5000])
+    """
+    return gae(token_reward, old_values, lengths, gamma=gamma, lam=lam)[0]
+
+
+def whitened_reward_to_go(token_reward: Tensor, lengths: Tensor) -> Tensor:
+    """Reward to go of each token, whitened over all tokens of the batch (REINFORCE++), [N]; biased over few draws.
+
+    Example:
+        >>> whitened_reward_to_go(torch.tensor([1.0, 1.0, 4.0]), torch.tensor([[2, 1]]))
+        tensor([-0.2182, -0.8729,  1.0911])
+
+    Source: Hu, 2025, "REINFORCE++".
+    """
+    return whiten(gae(token_reward, torch.zeros_like(token_reward), lengths, lam=1.0)[0])
+
+
+def returns(token_advantage: Tensor, old_values: Tensor) -> Tensor:
+    """What the critic is to learn: advantages + values, [N] units of reward.
+
+    Example:
+        >>> returns(torch.tensor([0.5]), torch.tensor([1.0]))
+        tensor([1.5000])
+    """
+    return (token_advantage + old_values).detach()
 
 
 def _require_rewards(name: str, reward: Tensor, epsilon: float = 1.0) -> None:

@@ -24,7 +24,7 @@ import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +92,28 @@ def load_reward(spec: str) -> Reward:
         ValueError: math:hypott: module math has no 'hypott' (did you mean 'hypot'?)
     """
     spec = os.path.expanduser(spec)
-    place, colon, name = spec.rpartition(":")
-    if not colon:
-        if spec.endswith(".py"):
-            raise ValueError(f"{spec}: got a file, expected a function in it: {spec}:function")
-        from klimb.rewards.model import model_reward  # transformers is loaded only for a model
+    if ":" in spec or spec.endswith(".py"):
+        return load_function(spec)
+    from klimb.rewards.model import model_reward  # transformers is loaded only for a model
 
-        return model_reward(spec)
+    return model_reward(spec)
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function that "file.py:function" or "package.module:function" names; its code is run.
+
+    Raises:
+        ValueError: the file, module or function is not there, importing it failed, or it cannot be called.
+
+    Example:
+        >>> load_function("math:hypot")(3, 4)
+        5.0
+    """
+    place, colon, name = os.path.expanduser(spec).rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise ValueError(f"{spec}: got a file, expected a function in it: {spec}:function")
     if not place or not name:
-        raise ValueError(f"{spec!r}: expected file.py:function, package.module:function, or a model")
+        raise ValueError(f"{spec!r}: expected file.py:function or package.module:function")
     found: Any = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
     kind = "file" if place.endswith(".py") else "module"
     for part in name.split("."):
