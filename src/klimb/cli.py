@@ -1,4 +1,4 @@
-"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods.
+"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods, derive, target, divergence.
 
 Nothing heavy is imported before a command needs it, so that `klimb --help` is there at once. Exit status: 0 done,
 2 the user can mend it (one message on stderr, no traceback unless KLIMB_DEBUG=1), 130 stopped by Ctrl-C.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from klimb import cli_derive
+
 if TYPE_CHECKING:
     from klimb.config import Config
 
@@ -29,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cli_derive.register(app)
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; options go over it.")]
