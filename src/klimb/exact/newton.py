@@ -28,12 +28,14 @@ def _descend(value: Callable[[Tensor], Tensor], x: Tensor, max_steps: int) -> Te
         variable = x.clone().requires_grad_()
         now = value(variable)
         (slope,) = torch.autograd.grad(now, variable)
+        if slope.abs().max() < 1e-14 * (1 + now.abs()):
+            return x
         curvature = torch.autograd.functional.hessian(value, x)
         sizes, directions = torch.linalg.eigh((curvature + curvature.T) / 2)
         # flat directions (a constant added to logits) have no slope either: any floor will do
         step = directions @ ((directions.T @ slope) / sizes.abs().clamp_min(1e-9))
         step = step * (8 / step.norm().clamp_min(8))
-        for _ in range(40):
+        for _ in range(30):
             if value(x - step) < now:
                 break
             step = step / 2
