@@ -1,4 +1,4 @@
-"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods.
+"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods, derive, target, divergence.
 
 Nothing heavy is imported before a command needs it, so that `klimb --help` is there at once. Exit status: 0 done,
 2 the user can mend it (one message on stderr, no traceback unless KLIMB_DEBUG=1), 130 stopped by Ctrl-C.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klimb import cli_methods
+from klimb import cli_derive, cli_methods
 
 if TYPE_CHECKING:
     from klimb.config import Config
@@ -31,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cli_methods.register(app)
 FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; options go over it.")]
@@ -195,6 +194,10 @@ def env_() -> None:
     from klimb.store import environment
 
     print(json.dumps(environment(), indent=2))
+
+
+cli_methods.register(app)
+cli_derive.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

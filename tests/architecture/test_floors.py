@@ -26,9 +26,9 @@ FLOORS = [  # from the bottom
     {"trackers", "records", "checkpoint", "watch"},
     {"loaded"},
     {"training"},
-    {"run"},
-    {"screen", "cli_methods"},
-    {"cli", "__main__"},
+    {"run", "problems"},
+    {"screen", "screen_derive"},
+    {"cli", "cli_methods", "cli_derive", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}
