@@ -3,10 +3,11 @@
     python benchmarks/convergence.py                    # the toy's whole table, a few minutes
     python benchmarks/convergence.py --methods log_variance grpo --samples 480
 
-One prompt, 341 strings (vocabulary 5, at most 4 tokens), an autoregressive policy that can be anything, Adam. Two rewards: binary and dense. Each
-method is tuned over the same five learning rates, each with 12 seeds; the rate of the best mean at the end counts. What
-a method draws before training (a plan's pool) is counted. The number is KL(pi||p) in nats, its mean over seeds, with
-twice its standard error; 0 is the target.
+One prompt, 341 strings (vocabulary 5, at most 4 tokens), an autoregressive policy that can be anything, Adam, 8 draws a
+step. Two rewards: binary and dense. Each method is tuned over the same five learning rates, each with 12 seeds; the
+rate of the best mean at the end counts. What a method draws before training (a plan's pool of 256) is counted, and
+replay uses 24 kept draws beside 8 fresh ones. The number is KL(pi||p) in nats, its mean over seeds, with twice its standard
+error; 0 is the target.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def numbers(tables, ref, reward, beta, which, log_q, token_log_old):
         "log_w": log_target - log_q,
         "reward": reward[which],
         "beta": torch.tensor(beta, dtype=torch.float64),
+        "old_values": torch.zeros(int(mask.sum()), dtype=torch.float64),
         "lengths": SPACE.lengths[which],
         "row": torch.arange(runs * draws).repeat_interleave(SPACE.lengths[which].flatten()),
     }
@@ -76,42 +78,59 @@ def sample(tables, num_draws, generator):
     return torch.multinomial(law, num_draws, replacement=True, generator=generator)
 
 
-def climb(method, problem_name, *, samples, replay=False, pool=0, seed=0):
-    """KL(pi||p) [rates, seeds, checkpoints] of one method; all rates and seeds side by side."""
+@torch.no_grad()
+def adam(moving, gradients, moments, rates, step):
+    """One step of Adam, in place; each run by itself, since Adam works entry by entry."""
+    for x, gradient, (first, second), rate in zip(moving, gradients, moments, rates, strict=False):
+        first.mul_(0.9).add_(0.1 * gradient)
+        second.mul_(0.999).add_(0.001 * gradient**2)
+        x -= rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def climb(method, problem_name, *, samples, replay=False, pool=0, epochs=1, learn_log_z=False, seed=0):
+    """KL(pi||p) [rates, seeds, checkpoints] of one method; all rates and seeds side by side.
+
+    A pool is drawn from the reference before training. It is the first replay, and log Z is estimated from it; a method
+    that needs log Z and has no pool learns it, at ten times the learning rate.
+    """
     ref, reward, beta = problem(problem_name)
     log_p = normalise(log_prob(ref, SPACE) + reward / beta)
     runs = len(RATES) * SEEDS
     generator = torch.Generator().manual_seed(seed)
     tables = ref.expand(runs, -1, -1).clone().requires_grad_()
     rate = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(SEEDS)[:, None, None]
-    first, second = torch.zeros_like(tables), torch.zeros_like(tables)
+    log_z = torch.zeros(runs, dtype=torch.float64)
+    moving = [tables, log_z.requires_grad_()] if learn_log_z else [tables]
+    rates = [rate, 10 * rate[:, 0, 0]]
+    moments = [(torch.zeros_like(x), torch.zeros_like(x)) for x in moving]
     start = token_log_prob(ref[None]).expand(runs, -1, -1)
     every = torch.arange(runs)[:, None]
     kept, kept_old = None, None
     if pool:
         kept = sample(ref.expand(runs, -1, -1), pool, generator)
         kept_old = start[every, kept]
+        if not learn_log_z:
+            log_z = (reward[kept] / beta).logsumexp(1) - torch.tensor(float(pool)).log()
     found, drawn, step = [], pool, 0
     row = METHODS[method]
     while drawn < samples:
         fresh = sample(tables.detach(), DRAWS, generator)
         drawn += DRAWS
-        step += 1
         which, old = fresh, token_log_prob(tables.detach())[every, fresh]
         if replay and kept is not None:
             columns = torch.randint(kept.shape[1], (runs, REPLAY), generator=generator)
             which = torch.cat([which, kept.gather(1, columns)], 1)
             old = torch.cat([old, kept_old[every, columns]], 1)
-        known = numbers(tables, ref, reward, beta, which, old.sum(2), old)
-        for name, function in row.derived.items():
-            known[name] = function(**bind(function, {k: x.detach() for k, x in known.items()}))
-        value = row.objective(**bind(row.objective, known))
-        (gradient,) = torch.autograd.grad(value.sum(), tables)
-        with torch.no_grad():
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.999 * second + 0.001 * gradient**2
-            move = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-            tables -= rate * move
+        derived = {}
+        for epoch in range(epochs):
+            known = numbers(tables, ref, reward, beta, which, old.sum(2), old) | {"log_z": log_z}
+            if epoch == 0:
+                bare = {name: x.detach() for name, x in known.items()}
+                for name, function in row.derived.items():
+                    derived[name] = bare[name] = function(**bind(function, bare))
+            value = row.objective(**bind(row.objective, known | derived))
+            step += 1
+            adam(moving, torch.autograd.grad(value.sum(), moving), moments, rates, step)
         if replay:
             kept = fresh if kept is None else torch.cat([kept, fresh], 1)
             kept_old = old[:, :DRAWS] if kept_old is None else torch.cat([kept_old, old[:, :DRAWS]], 1)
@@ -121,13 +140,29 @@ def climb(method, problem_name, *, samples, replay=False, pool=0, seed=0):
     return torch.stack(found, -1)
 
 
-# name in the table -> (method, whether kept draws are used again, draws made before training)
+# name in the table -> method and how it is fed
 ROWS = {
-    "log_variance, replay, the plan's pool first": ("log_variance", True, POOL),
-    "log_variance, replay": ("log_variance", True, 0),
-    "log_variance": ("log_variance", False, 0),
-    "reverse_kl": ("reverse_kl", False, 0),
-    "reverse_kl, replay, the plan's pool first": ("reverse_kl", True, POOL),
+    "log_variance, replay, the plan's pool first": ("log_variance", {"replay": True, "pool": POOL}),
+    "log_variance, replay": ("log_variance", {"replay": True}),
+    "log_variance (= reverse_kl, RLOO with KL in the reward)": ("log_variance", {}),
+    "reverse_kl, weighted replay, the plan's pool first": ("reverse_kl", {"replay": True, "pool": POOL}),
+    "forward_kl, replay, the plan's pool first": ("forward_kl", {"replay": True, "pool": POOL}),
+    "jensen_shannon, log Z of a plan": ("jensen_shannon", {"pool": POOL}),
+    "squared_hellinger, log Z of a plan": ("squared_hellinger", {"pool": POOL}),
+    "dpg, log Z of a plan": ("dpg", {"pool": POOL}),
+    "trajectory_balance, replay, log Z learned": (
+        "trajectory_balance",
+        {"replay": True, "learn_log_z": True},
+    ),
+    "a_star_po, V* of a plan": ("a_star_po", {"pool": POOL}),
+    "a_star_po, replay, V* of a plan": ("a_star_po", {"replay": True, "pool": POOL}),
+    "pmd_mean": ("pmd_mean", {}),
+    "rloo, 2 updates a batch": ("rloo", {"epochs": 2}),
+    "ppo without critic": ("ppo", {}),
+    "ppo without critic, 2 updates a batch": ("ppo", {"epochs": 2}),
+    "reinforce_pp": ("reinforce_pp", {}),
+    "grpo": ("grpo", {}),
+    "raft": ("raft", {}),
 }
 
 
@@ -141,12 +176,14 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     records = []
-    for name, (method, replay, pool) in ROWS.items():
+    heads = " | ".join(f"{w}, {n} draws" for w in PROBLEMS for n in (480, options.samples))
+    print(f"| method | {heads} | rates | time |\n|{'---|' * (2 * len(PROBLEMS) + 3)}", flush=True)
+    for name, (method, fed) in ROWS.items():
         if options.methods and not any(name.startswith(m) for m in options.methods):
             continue
         record, clock = {"row": name}, time.perf_counter()
         for which in PROBLEMS:
-            found = climb(method, which, samples=options.samples, replay=replay, pool=pool)
+            found = climb(method, which, samples=options.samples, **fed)
             means = found.mean(1)  # rates x checkpoints
             best = int(torch.nan_to_num(means[:, -1], nan=torch.inf).argmin())
             error = 2 * found[best].std(0) / SEEDS**0.5
