@@ -25,6 +25,7 @@ from klimb.exact import (
     tuples,
 )
 from klimb.exact import tilt as exact_tilt
+from klimb.numbers.moments import fit_moments
 from klimb.numbers.tilt import log_partition, tilted_kl
 from klimb.objectives import forward_kl, log_variance, reverse_kl
 from klimb.rewards.load import weighted_sum
@@ -653,6 +654,19 @@ def test_forbid_takes_yes_and_no_only():
 
     with pytest.raises(ValueError, match=r"got 0\.5 from `allowed`"):
         rewarded(forbid(rating))
+
+
+@pytest.mark.parametrize("reward", [None, known])
+def test_a_fitted_moment_holds_of_the_target(reward):
+    """Half of all completions, averaged over prompts: the tilt at the fitted lam has it, and the plain target has not."""
+    start = LOG_REF if reward is None else LOG_REF + REWARD / BETA
+    found = fit_moments(FEATURE[..., None], [0.5], start, correct=False)
+    beta = 1.0 if reward is None else BETA
+    log_p = law(moment_tilt(REF, [said], [found.lam[0].value], reward=reward, beta=beta))
+    assert mean(log_p, FEATURE).mean().item() == pytest.approx(0.5, abs=1e-10)
+    assert abs(mean(normalise(start), FEATURE).mean() - 0.5) > 0.05
+    if reward is None:  # with a reward it is the KL to the tilt of the reward
+        assert found.kl.value == pytest.approx(kl(log_p, LOG_REF).mean().item(), abs=1e-12)
 
 
 # what is refused

@@ -1,102 +1,125 @@
-"""Which moments reweighted draws can have at all: inside, on the border or outside, by linear programmes.
+"""Which moments reweighted draws can have at all: the nearest ones to a goal, and a proof where it is out of reach.
 
 P prompts, G draws a prompt, K features. Weights s >= 0 that sum to 1 within every prompt give the moments
-mean over prompts of sum_g s_g phi_g: the average of the prompts' convex hulls. A tilt by a finite lam has all weights
-above zero, so it reaches the inside of that set and nothing else.
+mean over prompts of sum_g s_g phi_g: the average of the prompts' convex hulls.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-INSIDE = 1e-6
-"""least room that counts as inside; the programmes are solved to 1e-7"""
-
 
 @dataclass(frozen=True)
 class Reach:
-    """Where zero lies among the reachable moments.
+    """Where zero lies: among the reachable moments (their border included), or outside.
 
     Attributes:
-        room: how deep inside: 1 at the reference's own moments, 0 on the border or outside.
-        nearest: [K] the reachable moments nearest to zero, by the sum of absolute differences; zero unless outside.
-        direction: [K] outside, direction . moments <= most < 0 for all reachable moments: the proof; else zero.
-        most: the largest reachable direction . moments.
+        nearest: [K] the reachable moments nearest to zero, by the sum of absolute differences.
+        direction: [K] the direction in which the reachable moments fall short of zero.
+        most: the largest reachable direction . moments; below 0 proves that zero is out of reach.
     """
 
-    room: float
     nearest: Tensor
     direction: Tensor
     most: float
 
     @property
-    def inside(self) -> bool:
-        """Whether a finite tilt has moments zero."""
-        return self.room > INSIDE
-
-    @property
     def outside(self) -> bool:
-        """Whether no weights have moments zero, proven by `direction`."""
+        """Whether no weights have moments zero; proven, where it is True."""
         return self.most < 0
 
 
-def reach(x: Tensor, u: Tensor) -> Reach:
-    """Whether some reweighting of the draws has moments zero (subtract the goal first).
+def reach(x: Tensor, allowed: Tensor) -> Reach:
+    """The reachable moments nearest to zero (subtract the goal first), by a linear programme.
 
-    Room is the largest t such that weights of at least t u have moments zero: a goal that is the share 1 - t of the way
-    from the reference's moments to the border has room t. What is called outside is proven so: the separating direction
-    is checked against every draw, without the programme's tolerances.
+    The separating direction is the programme's dual. It is checked against every draw, so that "outside" does not rest
+    on the programme's tolerance (1e-7), within which a goal outside may pass for one on the border.
 
     Args:
         x: [P, G, K] features less the goal, each of about unit size.
-        u: [P, G] the reference's weights, summing to 1 within the prompt; draws of weight 0 cannot be used.
+        allowed: [P, G] which draws may have weight; at least one a prompt.
 
     Returns:
         A `Reach`.
 
-    Example: the mean of 1, 2 and 3 can be 2.5, halfway to the border, and cannot be 4.
-        >>> third = torch.full((1, 3), 1 / 3)
+    Example: the mean of 1, 2 and 3 cannot be 4. Nearest is 3, and no weights get more of it.
         >>> values = torch.tensor([[[1.0], [2.0], [3.0]]])
-        >>> round(reach(values - 2.5, third).room, 6), reach(values - 4, third).nearest.tolist()
-        (0.5, [-1.0])
+        >>> found = reach(values - 4, torch.ones(1, 3, dtype=torch.bool))
+        >>> found.outside, found.nearest.tolist(), found.direction.tolist(), found.most
+        (True, [-1.0], [1.0], -1.0)
 
-    Source: separation of a point from a polytope by linear programming duality is Farkas, 1902.
+    Source: that either weights or a separating direction exist is Farkas, 1902.
     """
     from scipy.optimize import linprog
     from scipy.sparse import block_array, coo_array, csr_array
 
-    x, u = x.detach().double(), u.detach().double()
+    x = x.detach().double()
     num_prompts, _, num_features = x.shape
-    prompt, draw = (u > 0).nonzero(as_tuple=True)
-    values = x[prompt, draw].numpy().T / num_prompts
-    one = np.ones(len(prompt))
-    total = coo_array((one, (prompt.numpy(), np.arange(len(prompt)))), shape=(num_prompts, len(prompt)))
-    limits = np.concatenate([np.ones(num_prompts), np.zeros(num_features)])
-    zero = torch.zeros(num_features, dtype=torch.float64)
-
-    # s = t u + v with v >= 0: v sums to 1 - t in every prompt, and its moments are -t times the reference's
-    mean = (u[..., None] * x).sum(1).mean(0).numpy()
-    equations = block_array(
-        [[total, csr_array(np.ones((num_prompts, 1)))], [csr_array(values), csr_array(mean[:, None])]]
-    )
-    cost = np.append(0 * one, -1.0)
-    bounds = np.concatenate([np.tile([0, np.inf], (len(one), 1)), [[0, 1]]])
-    found = linprog(cost, A_eq=equations, b_eq=limits, bounds=bounds, method="highs")
-    if found.status == 0 and -found.fun > INSIDE:
-        return Reach(float(-found.fun), zero, zero, 0.0)
-
+    prompt, draw = allowed.nonzero(as_tuple=True)
+    num = len(prompt)
+    values = csr_array(x[prompt, draw].numpy().T / num_prompts)
+    totals = coo_array((np.ones(num), (prompt.numpy(), np.arange(num))), shape=(num_prompts, num))
     eye = csr_array(np.eye(num_features))
-    equations = block_array([[total, None, None], [csr_array(values), eye, -eye]])
-    cost = np.concatenate([0 * one, np.ones(2 * num_features)])
-    found = linprog(cost, A_eq=equations, b_eq=limits, bounds=(0, None), method="highs")
+    # totals s = 1,  values s + short - over = 0,  least short + over
+    found = linprog(
+        np.concatenate([np.zeros(num), np.ones(2 * num_features)]),
+        A_eq=block_array([[totals, None, None], [values, eye, -eye]]),
+        b_eq=np.concatenate([np.ones(num_prompts), np.zeros(num_features)]),
+        bounds=(0, None),
+        method="highs",
+    )
     assert found.status == 0, found.message  # it always has a solution
-    missing = found.x[len(one) : len(one) + num_features] - found.x[len(one) + num_features :]
+    short, over = found.x[num : num + num_features], found.x[num + num_features :]
     direction = torch.as_tensor(np.array(found.eqlin.marginals[num_prompts:]))
-    along = torch.where(u > 0, x @ direction, -torch.inf).amax(-1).mean().item()
-    if found.fun > INSIDE and along < 0:
-        return Reach(0.0, -torch.as_tensor(missing), direction, along)
-    return Reach(0.0, zero, zero, 0.0)
+    most = torch.where(allowed, x @ direction, -torch.inf).amax(-1).mean().item()
+    return Reach(torch.as_tensor(over - short), direction, most)
+
+
+def in_words(
+    found: Reach, phi: Tensor, allowed: Tensor, goal: Tensor, scale: Tensor, names: Sequence[str]
+) -> str:
+    """Why no finite lam reaches the goal, and what to do; `found` of (phi - goal) / scale."""
+    if found.outside:
+        near = ", ".join(
+            f"{name} = {value:.4g}"
+            for name, value in zip(names, (goal + scale * found.nearest).tolist(), strict=True)
+        )
+        direction = found.direction / scale
+        size = direction.abs().max()
+        asked = (direction @ goal / size).item()
+        return (
+            f"no weights on these draws reach the goal: {combination(direction, names)} would have to be "
+            f"{asked:.4g} on average, and is at most {asked + found.most / size.item():.4g} with all weight on the best "
+            f"draws of every prompt. The nearest moments within reach are {near}: ask for less than that, or draw more"
+        )
+    high = torch.where(allowed[..., None], phi, -math.inf).amax(1).mean(0)
+    low = torch.where(allowed[..., None], phi, math.inf).amin(1).mean(0)
+    at_limit = ((goal - high).abs() <= 1e-5 * scale) | ((goal - low).abs() <= 1e-5 * scale)
+    said = [
+        f"{name} = {value:.4g}"
+        for name, value, there in zip(names, goal.tolist(), at_limit, strict=True)
+        if there
+    ]
+    which = f"{', '.join(said)} is as far as any weights go" if said else "up to rounding"
+    return (
+        f"the goal is on the border of what these draws can reach ({which}), which takes an infinite lam. "
+        "If that is meant, it is a hard constraint: give the reward -inf to the completions that must not occur "
+        "(klimb.target.forbid); if not, ask for less"
+    )
+
+
+def combination(weights: Tensor, names: Sequence[str]) -> str:
+    """'a - 0.5 b', the largest weight made 1."""
+    weights = weights / weights[weights.abs().argmax()].abs()
+    terms = [(w, name) for w, name in zip(weights.tolist(), names, strict=True) if abs(w) > 1e-6]
+    text = " ".join(
+        f"{'-' if w < 0 else '+'} {'' if abs(abs(w) - 1) < 1e-6 else f'{abs(w):.3g} '}{name}"
+        for w, name in terms
+    )
+    return text.removeprefix("+ ")
