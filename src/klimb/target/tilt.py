@@ -41,6 +41,16 @@ def tilt(reference: CausalPolicy, reward: Reward, beta: float) -> Tilt:
 
     Source: Korbak, Perez, Buckley, "RL with KL penalties is better viewed as Bayesian inference", 2022.
     """
+    require_beta(beta)
+    return Tilt(reference, reward, float(beta))
+
+
+def require_beta(beta: float) -> None:
+    """Refuse a price that names no target.
+
+    Raises:
+        ValueError: beta is zero, negative, infinite or NaN.
+    """
     if beta == 0:
         raise ValueError(
             "beta 0 has no target: without a price on KL the best policy is any that gives the best completion; "
@@ -48,4 +58,3 @@ def tilt(reference: CausalPolicy, reward: Reward, beta: float) -> Tilt:
         )
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta: got {beta}, expected a positive number, in units of reward per nat")
-    return Tilt(reference, reward, float(beta))
