@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,26 +19,44 @@ from klimb.samplers.replay import Kept, Replay
 from klimb.train import TrainState
 
 
-def saved(
-    state: TrainState,
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: Sequence[Tensor],
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+@dataclass(frozen=True)
+class Moving:
+    """What a training changes in place, step by step, besides its `TrainState`.
+
+    Attributes:
+        parameters: the tensors that the model computes with.
+        optimizer: of their float32 masters.
+        scheduler: of its learning rate.
+        generator: of all draws.
+        average: moving averages of the masters; empty where none is kept.
+    """
+
+    parameters: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    average: list[Tensor]
+
+    @property
+    def result(self) -> Sequence[Tensor]:
+        """The weights to be measured and saved: the average where there is one."""
+        return self.average or masters(self.optimizer)
+
+
+def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the next step depends on, as named tensors and as JSON."""
-    assert len(parameters) == len(masters(optimizer))
+    own = masters(moving.optimizer)
+    assert len(moving.parameters) == len(own)
     kept = [row for rows in state.replay.rows.values() for row in rows]
     tensors = {
-        **{f"weights.{i}": m for i, m in enumerate(masters(optimizer))},
-        **{f"average.{i}": a for i, a in enumerate(average)},
+        **{f"weights.{i}": m for i, m in enumerate(own)},
+        **{f"average.{i}": a for i, a in enumerate(moving.average)},
         **{
             f"optimizer.{i}.{name}": x
-            for i, slots in optimizer.state_dict()["state"].items()
+            for i, slots in moving.optimizer.state_dict()["state"].items()
             for name, x in slots.items()
         },
-        "generator": generator.get_state(),
+        "generator": moving.generator.get_state(),
         "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
         "replay.lengths": torch.tensor([len(row.completion) for row in kept], dtype=torch.int64),
         "replay.numbers": torch.tensor(
@@ -48,33 +66,25 @@ def saved(
     rest = {
         "step": state.step,
         "order": list(state.order),
-        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        "learning_rates": [group["lr"] for group in moving.optimizer.param_groups],
         "scheduler": {
-            name: x for name, x in scheduler.state_dict().items() if isinstance(x, int | float | list)
+            name: x for name, x in moving.scheduler.state_dict().items() if isinstance(x, int | float | list)
         },
         "replay": {
             "counts": [[name, len(rows)] for name, rows in state.replay.rows.items()],
             "texts": [row.text for row in kept],
             "finished": [row.finished for row in kept],
+            "full_support": [row.full_support for row in kept],
             "limit": state.replay.limit,
         },
     }
     return tensors, json.loads(json.dumps(rest))
 
 
-def restore(
-    checkpoint: store.Checkpoint,
-    parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: list[Tensor],
-    generator: torch.Generator,
-    *,
-    replay: Replay,
-) -> TrainState:
-    """Put weights, optimizer, scheduler, average and generator as they were when `saved` looked at them."""
+def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> TrainState:
+    """Put everything that moves as it was when `saved` looked at it."""
     tensors, rest = checkpoint.tensors, checkpoint.state
-    own = masters(optimizer)
+    own = masters(moving.optimizer)
     expected = {f"weights.{i}": m.shape for i, m in enumerate(own)}
     if {name: t.shape for name, t in tensors.items() if name.startswith("weights.")} != expected:
         raise ValueError(
@@ -83,20 +93,20 @@ def restore(
     with torch.no_grad():
         for i, master in enumerate(own):
             master.copy_(tensors[f"weights.{i}"])
-        for i, mean in enumerate(average):
+        for i, mean in enumerate(moving.average):
             mean.copy_(tensors[f"average.{i}"])
-    write_out(own, parameters)
+    write_out(own, moving.parameters)
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         kind, _, rest_of_name = name.partition(".")
         if kind == "optimizer":
             index, _, slot = rest_of_name.partition(".")
             slots.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    for group, lr in zip(optimizer.param_groups, rest["learning_rates"], strict=True):
+    moving.optimizer.load_state_dict({**moving.optimizer.state_dict(), "state": slots})
+    for group, lr in zip(moving.optimizer.param_groups, rest["learning_rates"], strict=True):
         group["lr"] = lr
-    scheduler.load_state_dict({**scheduler.state_dict(), **rest["scheduler"]})
-    generator.set_state(tensors["generator"])
+    moving.scheduler.load_state_dict({**moving.scheduler.state_dict(), **rest["scheduler"]})
+    moving.generator.set_state(tensors["generator"])
     return TrainState(rest["step"], tuple(rest["order"]), _replay(tensors, rest["replay"], replay))
 
 
@@ -105,9 +115,9 @@ def _replay(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], empty: Repla
     numbers = tensors["replay.numbers"].tolist()
     kept = iter(
         [
-            Kept(completion, text, finished, *three)
-            for completion, text, finished, three in zip(
-                completions, rest["texts"], rest["finished"], numbers, strict=True
+            Kept(completion, text, finished, *three, full_support)
+            for completion, text, finished, three, full_support in zip(
+                completions, rest["texts"], rest["finished"], numbers, rest["full_support"], strict=True
             )
         ]
     )

@@ -48,7 +48,7 @@ def measure(
     reference_pool: Pool | None = None,
     progress: Progress = silent,
 ) -> Measurement:
-    """Draw from policy and reference, score each draw under both, and certify the policy.
+    """Draw from policy and reference, score each draw under both, certify the policy, and say what to do next.
 
     Args:
         examples: held-out prompts.
@@ -60,6 +60,34 @@ def measure(
         reference_pool: reference draws of these prompts already made.
         progress: told how far it is.
     """
+    found, policy_pool, reference_pool = certify(
+        examples,
+        policy,
+        target,
+        sampler,
+        num_draws=num_draws,
+        generator=generator,
+        reference_pool=reference_pool,
+        progress=progress,
+    )
+    rewards = reference_pool.reward
+    flat = bool((rewards == rewards[:, :1]).all())  # no curve, but still a certificate
+    points = [] if flat else frontier(rewards, default_betas(rewards), generator=generator)
+    return Measurement(found, diagnose(found, points), policy_pool, reference_pool)
+
+
+def certify(
+    examples: Sequence[Example],
+    policy: CausalPolicy,
+    target: Tilt,
+    sampler: Sampler,
+    *,
+    num_draws: int,
+    generator: torch.Generator,
+    reference_pool: Pool | None = None,
+    progress: Progress = silent,
+) -> tuple[Certificate, Pool, Pool]:
+    """The certificate alone, and the draws of policy and reference that it rests on. Arguments as `measure`."""
     if reference_pool is None:
         reference_pool = draw_pool(
             examples,
@@ -105,15 +133,7 @@ def measure(
         log_ref_reference=reference_pool.log_ref,
         generator=generator,
     )
-    flat = bool(
-        (reference_pool.reward == reference_pool.reward[:, :1]).all()
-    )  # no curve, but still a certificate
-    points = (
-        []
-        if flat
-        else frontier(reference_pool.reward, default_betas(reference_pool.reward), generator=generator)
-    )
-    return Measurement(found, diagnose(found, points), policy_pool, reference_pool)
+    return found, policy_pool, reference_pool
 
 
 @torch.no_grad()

@@ -25,12 +25,13 @@ from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
 from klimb.measure import measure
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
-from klimb.plan import Plan, draw_pool, plan
-from klimb.records import measure_record, plan_record
+from klimb.planning import planned
+from klimb.records import measure_record
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
 from klimb.target import tilt
+from klimb.trackers import tracked
 from klimb.training import trained
 from klimb.watch import UNWATCHED, Watch
 
@@ -114,7 +115,28 @@ def run_measure(
             "was planned, or a beta"
         )
     loaded = prepare(config, policy_folder=policy_folder)
-    return _measured(loaded, config.beta, None if output_dir is None else Path(output_dir), watch)
+    if output_dir is None:
+        return _measured(loaded, config.beta, None, watch)
+    with tracked(watch, config, Path(output_dir)) as watch:
+        return _measured(loaded, config.beta, Path(output_dir), watch)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Draws to be made, a few prompts at a time, and what a file of them has to say.
+
+    Attributes:
+        pools: made while one goes through them.
+        verb: "sample" for draws of the reference itself, which a plan can rest on; else sample- and the law.
+        hashes: of what their rewards and log_ref depend on.
+    """
+
+    pools: Iterator[Pool]
+    verb: str
+    hashes: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[Pool]:
+        return self.pools
 
 
 def run_sample(
@@ -127,7 +149,7 @@ def run_sample(
     limit: int | None = None,
     policy_folder: str | Path | None = None,
     watch: Watch = UNWATCHED,
-) -> Iterator[Pool]:
+) -> Samples:
     """Draw completions of the held-out prompts, without training anything.
 
     Args:
@@ -159,7 +181,10 @@ def run_sample(
             rejection, sampler=loaded.sampler, target=target, bound=math.inf if bound is None else bound
         ),
     }
-    return sample(
+    # a policy that nobody has moved is the reference, unless that is another model
+    untrained = policy_folder is None and config.reference is None
+    law = method if method != "ancestral" else "" if untrained else "policy"
+    pools = sample(
         loaded.test_examples[:limit],
         loaded.policy if method == "ancestral" else loaded.reference,
         samplers[method],
@@ -168,18 +193,19 @@ def run_sample(
         target=target,
         progress=watch.progress,
     )
+    return Samples(pools, f"sample-{law}" if law else "sample", loaded.hashes)
 
 
-def write_samples(output_dir: Path, pools: Iterator[Pool]) -> dict[str, Any]:
+def write_samples(output_dir: Path, samples: Samples) -> dict[str, Any]:
     """Write draws/sample.parquet (an older one is replaced) and say what is in it.
 
     Raises:
         ValueError: as `run_sample`, whose draws are made here.
     """
-    pool = stack_pools(list(pools))
+    pool = stack_pools(list(samples))
     path = store.draws_path(output_dir, "sample")
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_pool(path, pool, verb="sample", hashes={})
+    store.write_pool(path, pool, verb=samples.verb, hashes=samples.hashes)
     draws = pool.draws
     assert draws.texts is not None
     return {
@@ -234,23 +260,25 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
     pool = None
     if "plan" in verbs:
         try:
-            found, beta, record = _planned(loaded, path, watch)
-            if "train" in verbs:
-                _check_pool(found.pool, config)
+            pool, beta, record = planned(loaded, path, watch, to_train="train" in verbs)
         except ValueError:
             if not resume:
                 store.undo_run(path)
             raise
-        pool, outcome = found.pool, replace(outcome, beta=beta, plan=record)
-    if "train" in verbs:
-        assert outcome.beta is not None
-        step, interrupted = trained(loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=watch)
-        outcome = replace(outcome, step=step, interrupted=interrupted)
-        if interrupted:
-            return outcome
-    if "measure" in verbs:
-        assert outcome.beta is not None
-        outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, watch))
+        outcome = replace(outcome, beta=beta, plan=record)
+    with tracked(watch, config, path) as told:
+        if outcome.plan is not None:
+            told.event("plan", outcome.plan)
+        if "train" in verbs:
+            assert outcome.beta is not None
+            step, stopped = trained(loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=told)
+            unfinished = step < config.max_steps or "measure" in verbs
+            outcome = replace(outcome, step=step, interrupted=stopped and unfinished)
+            if outcome.interrupted:
+                return outcome
+        if "measure" in verbs:
+            assert outcome.beta is not None
+            outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, told))
     return replace(outcome, report=report(path, watch=watch))
 
 
@@ -263,96 +291,6 @@ def report(path: Path, *, watch: Watch = UNWATCHED) -> Path | None:
         watch.event("warning", f"no report: {' and '.join(missing)} missing; pip install 'klimb[report]'")
         return None
     return write_report(path)
-
-
-# Plan.
-
-
-def _planned(loaded: Loaded, path: Path, watch: Watch) -> tuple[Plan, float, dict[str, Any]]:
-    config = loaded.config
-    own = store.draws_path(path, "plan")
-    if own.is_file():
-        pool = _stored_pool(own, loaded)
-    elif config.plan is not None:
-        given = Path(config.plan)
-        pool = _stored_pool(store.draws_path(given, "plan") if given.is_dir() else given, loaded)
-    else:
-        pool = draw_pool(
-            loaded.train_examples,
-            loaded.reference,
-            loaded.reward,
-            loaded.sampler,
-            num_draws=config.num_plan_draws,
-            generator=generator_for(config.seed, "plan"),
-            progress=watch.progress,
-            what="plan: draw from the reference",
-        )
-    generator = generator_for(config.seed, "frontier")
-    found = plan(
-        pool.draws.examples,
-        loaded.reference,
-        loaded.reward,
-        loaded.sampler,
-        num_draws=pool.draws.num_draws,
-        generator=generator,
-        pool=pool,
-    )
-    asked = {"beta": config.beta, "kl": config.kl_budget, "reward": config.reward_goal}
-    beta = found.solve(**asked)
-    if (path / "plan.json").is_file():  # resumed: config.yaml holds the beta already, plan.json knows why
-        record = store.read_json(path / "plan.json")
-    else:
-        record = plan_record(found, beta, why=_why(config), generator=generator)
-        if not own.is_file():
-            store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
-        store.write_json(path / "plan.json", record)
-    settled = {**config.model_dump(), "beta": beta, "kl_budget": None, "reward_goal": None}
-    store.write_yaml(path / "config.yaml", settled)
-    watch.event("plan", record)
-    return found, beta, record
-
-
-def _check_pool(pool: Pool, config: Config) -> None:
-    """Refuse, before anything is trained, a pool that the configured steps cannot live on."""
-    replayed = config.num_replay + (config.num_generations if config.replay_steps else 0)
-    if replayed > pool.draws.num_draws:
-        raise ValueError(
-            f"a step would replay {replayed} kept draws a prompt, and the pool has {pool.draws.num_draws}; replay "
-            "fewer, or plan with more"
-        )
-    if config.num_replay + config.replay_steps > 0 and config.prompts_per_step > pool.draws.num_prompts:
-        raise ValueError(
-            f"prompts_per_step {config.prompts_per_step} is more than the {pool.draws.num_prompts} prompts of the "
-            "pool; use fewer a step, or plan with more prompts"
-        )
-    if config.method != "forward_kl" and bool(pool.reward.isneginf().any()):
-        raise ValueError(
-            f"the reward forbids some completions (-inf), and {config.method} cannot be infinitely far from the "
-            "target; use method forward_kl, or a finite reward"
-        )
-
-
-def _why(config: Config) -> str:
-    if config.kl_budget is not None:
-        return f"kl_budget: {config.kl_budget:g} nats"
-    if config.reward_goal is not None:
-        return f"reward_goal: {config.reward_goal:g}"
-    return "given"
-
-
-def _stored_pool(path: Path, loaded: Loaded) -> Pool:
-    found = store.read_draws(path, expect_hashes=loaded.hashes)
-    known = {example.id for example in loaded.train_examples}
-    if not {example.id for example in found.draws.examples} <= known:
-        raise ValueError(
-            f"{path}: these draws are of other prompts than {loaded.config.dataset_name}; plan again"
-        )
-    if found.reward is None or found.log_ref is None:
-        raise ValueError(f"{path}: these draws have no reward or no log_ref; draw a new pool with plan")
-    return Pool(found.draws, found.reward, found.log_ref, found.reward_parts)
-
-
-# Measure.
 
 
 def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """Train: move a policy towards the target, one optimizer step at a time.
 
-P prompts a step, G draws a prompt. A step draws fresh completions, adds some that were kept, asks the objective for
-the table of coefficients [P, G], and takes a signed maximum likelihood step with it:
-
-    gradient = sum over draws of coefficient * grad log pi(draw)
+P prompts a step, G draws a prompt. A step draws fresh completions, adds some that were kept, adds up the objective's
+gradient over all of them (`klimb.backward`), and hands it to the optimizer.
 
 What the next step needs (`TrainState`) is apart from what one wants to look at (`Step`). The loop yields both and
 writes nothing.
@@ -12,22 +10,23 @@ writes nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from klimb.data import Draws, Example, Pool, Sampler, Scored, chunks, join_pools, pick
+from klimb.backward import Objective, Passed, backward
+from klimb.data import Draws, Example, Pool, Sampler, join_pools
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate
-from klimb.objectives.bind import bind
-from klimb.objectives.coefficients import coefficients
+from klimb.objectives.bind import name_of
 from klimb.rewards.load import score
 from klimb.samplers.replay import Replay
 from klimb.target import Tilt
 
-Objective = Callable[..., Tensor]
+TOLERATED = 0.1
+"""share of the spread of reward / beta that sampler and scorer may differ by, on average, before a step warns"""
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,11 @@ class Step:
     Attributes:
         step: its number, from 1.
         estimates: reward, kl (nats), objective of the fresh draws; empty in a step that only replays.
-        numbers: value of the objective, residual_std (nats), gradient norm, learning rate, tokens, ...
+        numbers: value of the objective, residual_std (nats), gradient norm, learning rate, tokens, sampler_error, ...
         seconds: where the time went: draw, score, update.
-        fresh: the draws of this step, or None.
+        fresh: the draws of this step with their log-probabilities under reference and policy, or None.
         state: what the next step needs.
+        warnings: what it is about -> what to say; whoever looks on says it once.
     """
 
     step: int
@@ -64,6 +64,7 @@ class Step:
     seconds: dict[str, float]
     fresh: Pool | None
     state: TrainState
+    warnings: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -115,62 +116,35 @@ def train(
         ValueError: the objective needs numbers or more draws than it gets; the gradient is not finite.
     """
     state = state or TrainState()
-    beta = target.beta
     while state.step < max_steps:
-        clock, seconds = time.perf_counter(), {}
         chosen, order = next_prompts(state.order, len(examples), prompts_per_step, generator=generator)
         batch = [examples[i] for i in chosen]
-
-        fresh = None
-        if state.step >= replay_steps:
-            draws = sampler(policy, batch, num_draws, generator=generator)
-            seconds["draw"], clock = _lap(clock)
-            fresh = scored_pool(draws, target)
-            seconds["score"], clock = _lap(clock)
-        kept_draws = num_replay if fresh is not None else num_draws + num_replay
+        draws_fresh = state.step >= replay_steps
+        fresh, seconds = None, {}
+        if draws_fresh:
+            fresh, seconds = fresh_pool(policy, batch, target, sampler, num_draws, generator=generator)
+        kept_draws = num_replay if draws_fresh else num_draws + num_replay
         kept = state.replay.draw(batch, kept_draws, generator=generator) if kept_draws else None
         pool = join_pools([part for part in (fresh, kept) if part is not None])
 
+        clock = time.perf_counter()
         optimizer.zero_grad()
-        value, residual = backward(
+        passed = backward(
             policy,
             pool,
             target,
             objective,
-            scale=beta / len(batch),
+            scale=target.beta / len(batch),
             num_fresh=num_draws if fresh is not None and fresh.draws.own_law else 0,
         )
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"step {state.step + 1}: the gradient is not finite; the weights were left as they were before it. "
-                "Lower the learning rate, or look at the rewards of the last draws"
-            )
-        rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        seconds["update"], clock = _lap(clock)
+        moved = update(policy, optimizer, scheduler, max_grad_norm=max_grad_norm, step=state.step + 1)
+        seconds["update"] = time.perf_counter() - clock
 
+        if fresh is not None:
+            fresh = with_log_pi(fresh, pool, passed)
         replay = state.replay.extended(fresh) if fresh is not None and keep_fresh else state.replay
         state = TrainState(state.step + 1, order, replay)
-        yield Step(
-            step=state.step,
-            estimates={}
-            if fresh is None or fresh.log_pi is None
-            else fresh_estimates(fresh, beta, step=state.step),
-            numbers={
-                "objective_value": value.mean().item(),
-                **spread(residual),
-                "grad_norm": norm.item(),
-                "learning_rate": rate,
-                **lengths(pool if fresh is None else fresh),
-                "tokens": int(pool.draws.lengths.sum()),
-            },
-            seconds=seconds,
-            fresh=fresh,
-            state=state,
-        )
+        yield seen(state, pool, fresh, passed, moved, seconds, objective=objective, beta=target.beta)
 
 
 def next_prompts(
@@ -183,6 +157,107 @@ def next_prompts(
         # a prompt must not stand twice in one step
         left += [i for i in again if i not in left] + [i for i in again if i in left]
     return left[:prompts_per_step], tuple(left[prompts_per_step:])
+
+
+def fresh_pool(
+    policy: CausalPolicy,
+    batch: Sequence[Example],
+    target: Tilt,
+    sampler: Sampler,
+    num_draws: int,
+    *,
+    generator: torch.Generator,
+) -> tuple[Pool, dict[str, float]]:
+    """Fresh draws with their rewards and reference log-probabilities, and the seconds each took."""
+    start = time.perf_counter()
+    draws = sampler(policy, batch, num_draws, generator=generator)
+    drawn = time.perf_counter()
+    pool = scored_pool(draws, target)
+    return pool, {"draw": drawn - start, "score": time.perf_counter() - drawn}
+
+
+@torch.no_grad()
+def scored_pool(draws: Draws, target: Tilt) -> Pool:
+    """Draws with their rewards and reference log-probabilities."""
+    rewards = score(target.reward, draws)
+    tokens = target.reference.log_prob(draws)
+    return Pool(draws, rewards.total, draws.sequence_sums(tokens), rewards.parts, token_log_ref=tokens)
+
+
+def update(
+    policy: CausalPolicy,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    *,
+    max_grad_norm: float,
+    step: int,
+) -> dict[str, float]:
+    """Step the optimizer with the gradient scaled down to its limit; the norm before that, and the learning rate.
+
+    Raises:
+        ValueError: the gradient is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    if not torch.isfinite(norm):
+        raise ValueError(
+            f"step {step}: the gradient is not finite; the weights were left as they were before it. "
+            "Lower the learning rate, or look at the rewards of the last draws"
+        )
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    if scheduler is not None:
+        scheduler.step()
+    return {"grad_norm": norm.item(), "learning_rate": rate}
+
+
+def with_log_pi(fresh: Pool, pool: Pool, passed: Passed) -> Pool:
+    """The fresh draws, the first ones of each prompt of `pool`, with what the backward pass found of them."""
+    num_fresh = fresh.draws.num_draws
+    first = pool.draws.row % pool.draws.num_draws < num_fresh
+    return replace(fresh, log_pi=passed.log_pi[:, :num_fresh], token_log_pi=passed.token_log_pi[first])
+
+
+# What there is to look at.
+
+
+def seen(
+    state: TrainState,
+    pool: Pool,
+    fresh: Pool | None,
+    passed: Passed,
+    moved: Mapping[str, float],
+    seconds: Mapping[str, float],
+    *,
+    objective: Objective,
+    beta: float,
+) -> Step:
+    """The record of a step that has just been taken."""
+    own = fresh is not None and fresh.draws.own_law
+    numbers = {
+        "objective_value": passed.value.mean().item(),
+        **spread(passed.residual),
+        **moved,
+        **lengths(pool if fresh is None else fresh),
+        "tokens": int(pool.draws.lengths.sum()),
+        **(sampler_error(fresh) if own else {}),
+    }
+    warnings = {}
+    if pool.draws.full_support is None and not passed.asked & {"log_q", "log_w"}:
+        warnings["full_support"] = (
+            f"{name_of(objective)} does not ask which law its draws come from, and of some of them it is not known "
+            "whether that law can draw every completion; what it cannot draw goes unlearned, unseen"
+        )
+    if own and (told := disagreement(fresh, numbers["sampler_error_mean"], beta)):
+        warnings["sampler_error"] = told
+    return Step(
+        step=state.step,
+        estimates=fresh_estimates(fresh, beta, step=state.step) if own else {},
+        numbers=numbers,
+        seconds=dict(seconds),
+        fresh=fresh,
+        state=state,
+        warnings=warnings,
+    )
 
 
 def spread(residual: Tensor) -> dict[str, float]:
@@ -201,88 +276,11 @@ def lengths(pool: Pool) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def scored_pool(draws: Draws, target: Tilt) -> Pool:
-    """Fresh draws with their rewards and reference log-probabilities."""
-    rewards = score(target.reward, draws)
-    log_ref = draws.sequence_sums(target.reference.log_prob(draws))
-    # of a sampler with another law (temperature) log_q is not log pi, and its draws tell no mean under the policy
-    return Pool(draws, rewards.total, log_ref, rewards.parts, log_pi=draws.log_q if draws.own_law else None)
-
-
-def scored(pool: Pool, target: Tilt) -> Scored:
-    """What an objective may see of a pool besides the network's numbers."""
-    bare = Scored(
-        log_ref=pool.log_ref, reward=pool.reward, log_q=pool.draws.log_q, lengths=pool.draws.lengths
-    )
-    log_target = target.log_target(bare)
-    log_w = None if bare.log_q is None else log_target - bare.log_q
-    return replace(bare, log_target=log_target, log_w=log_w)
-
-
-def backward(
-    policy: CausalPolicy, pool: Pool, target: Tilt, objective: Objective, *, scale: float, num_fresh: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Add scale * the objective's gradient to the parameters' gradients, chunk by chunk.
-
-    The first `num_fresh` draws of each prompt are the policy's own, as it is now: the law they were drawn from is the
-    policy, so their importance weight is exactly 1, whatever a sampler in low precision said of them.
-
-    Groups that fit into a chunk are passed once: the objective reads the same log-probabilities that the backward
-    pass goes through. A group too large for that is first looked at without gradients, for its coefficients, and
-    then passed again in pieces.
-
-    Returns:
-        The objective's value [P], and the residual log_target - log_pi [P, G], nats.
-    """
-    if pool.draws.full_support is False:
-        raise ValueError(
-            "these draws come from a law that cannot draw every completion (top-p, filtered, best of n), so what it "
-            "leaves out would go unlearned; draw at temperature 1 without top-p"
-        )
-    numbers = {name: x for name, x in vars(scored(pool, target)).items() if isinstance(x, Tensor)}
-    values, residuals, start = [], [], 0
-    for group in chunks(pool.draws, policy.max_chunk_tokens):
-        here = slice(start, start + group.num_prompts)
-        start += group.num_prompts
-        part = {name: x[here] for name, x in numbers.items()}
-        fits = int(group.lengths.sum()) <= policy.max_chunk_tokens
-        with torch.set_grad_enabled(fits):
-            log_pi = group.sequence_sums(policy.log_prob(group))
-        own = log_pi.detach()[:, :num_fresh]
-        if "log_q" in part:
-            part["log_q"] = torch.cat([own, part["log_q"][:, num_fresh:]], 1)
-            part["log_w"] = part["log_target"] - part["log_q"]
-        arguments = bind(objective, {**part, "log_pi": log_pi.detach()})
-        value, tables = coefficients(objective, **arguments)  # ty: ignore[invalid-argument-type]
-        table = scale * tables["log_pi"]
-        if fits:
-            (table * log_pi).sum().backward()
-        else:
-            for columns in column_pieces(group, policy.max_chunk_tokens):
-                piece = pick(group, columns[None].expand(group.num_prompts, -1))
-                (table[:, columns] * piece.sequence_sums(policy.log_prob(piece))).sum().backward()
-        values.append(value)
-        residuals.append(part["log_target"] - log_pi.detach())
-    return torch.cat(values), torch.cat(residuals)
-
-
-def column_pieces(draws: Draws, max_tokens: int) -> Iterator[Tensor]:
-    """Split the G draws of a group into runs of at most `max_tokens` tokens (one draw at least)."""
-    tokens = draws.lengths.sum(0).tolist()
-    start, total = 0, 0
-    for g, n in enumerate(tokens):
-        if g > start and total + n > max_tokens:
-            yield torch.arange(start, g)
-            start, total = g, 0
-        total += n
-    yield torch.arange(start, len(tokens))
-
-
 def fresh_estimates(fresh: Pool, beta: float, *, step: int) -> dict[str, Estimate]:
-    """Reward, KL(pi||ref) in nats, and reward - beta KL, of draws from the policy."""
-    assert fresh.log_pi is not None
-    each = fresh.log_pi - fresh.log_ref
+    """Reward, KL(pi||ref) in nats, and reward - beta KL, of draws from the policy, as their sampler scored them."""
+    assert fresh.draws.own_law
+    assert fresh.draws.log_q is not None
+    each = fresh.draws.log_q - fresh.log_ref
     generator = torch.Generator().manual_seed(step)
     return {
         "reward": mean_estimate(fresh.reward, generator=generator),
@@ -291,6 +289,28 @@ def fresh_estimates(fresh: Pool, beta: float, *, step: int) -> dict[str, Estimat
     }
 
 
-def _lap(since: float) -> tuple[float, float]:
-    now = time.perf_counter()
-    return now - since, now
+def sampler_error(fresh: Pool) -> dict[str, float]:
+    """|log_q - log_pi| of the policy's own draws, nats: zero if sampler and scorer computed without rounding."""
+    assert fresh.draws.log_q is not None
+    assert fresh.log_pi is not None
+    error = (fresh.draws.log_q - fresh.log_pi).abs().flatten()
+    return {
+        "sampler_error_mean": error.mean().item(),
+        "sampler_error_p99": error.quantile(0.99).item(),
+    }
+
+
+def disagreement(fresh: Pool, sampler_error_mean: float, beta: float) -> str | None:
+    """What to say where sampler and scorer differ by more than a tenth of what the reward is worth in nats.
+
+    Forbidden completions (-inf) have no part in the spread of the rewards, and where that is zero nothing is said.
+    """
+    rewards = fresh.reward[fresh.reward.isfinite()].double()
+    worth = rewards.std().item() / beta if len(rewards) > 1 else 0.0
+    if worth == 0 or sampler_error_mean <= TOLERATED * worth:
+        return None
+    return (
+        f"sampler and scorer differ by {sampler_error_mean:.2g} nats a completion, more than {TOLERATED:g} of the "
+        f"standard deviation of reward / beta ({worth:.2g} nats): part of what is learned is rounding; use dtype "
+        "float32, or a smaller beta"
+    )

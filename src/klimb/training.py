@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from klimb import store
-from klimb.checkpoint import restore, saved
+from klimb.checkpoint import Moving, restore, saved
 from klimb.config import Config
-from klimb.data import Pool
+from klimb.data import Example, Pool
 from klimb.loaded import Loaded, generator_for
-from klimb.measure import measure
+from klimb.measure import certify
 from klimb.models.families import save_policy
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
 from klimb.objectives.forward_kl import forward_kl
@@ -25,8 +25,7 @@ from klimb.plan import draw_pool
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
 from klimb.target import Tilt, tilt
-from klimb.trackers import trackers
-from klimb.train import TrainState, train
+from klimb.train import Step, TrainState, train
 from klimb.watch import Watch
 
 PATIENCE = 5
@@ -38,7 +37,7 @@ OBJECTIVES = {"log_variance": log_variance, "reverse_kl": reverse_kl, "forward_k
 def trained(
     loaded: Loaded, path: Path, *, pool: Pool | None, beta: float, resume: bool, watch: Watch
 ) -> tuple[int, bool]:
-    """Train, from the newest checkpoint if there is one; (steps done, whether it was stopped).
+    """Train, from the newest checkpoint if there is one; (steps done, whether it was asked to stop).
 
     Args:
         loaded: what the configuration names; its policy is trained.
@@ -51,46 +50,18 @@ def trained(
     Raises:
         ValueError: no checkpoint is valid, one is of other weights, or the disk is full.
     """
-    config, policy = loaded.config, loaded.policy
-    parameters = list(policy.parameters())
-    optimizer = adamw(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config=config))
-    generator = generator_for(config.seed, "train")
-    replays = config.num_replay > 0 or config.replay_steps > 0
-    examples = list(loaded.train_examples)
-    state = TrainState()
-    if pool is not None and replays:
-        limit = max(Replay().limit, pool.draws.num_draws)
-        state = TrainState(replay=Replay(limit=limit).extended(pool))
-        kept = {example.id for example in pool.draws.examples}  # only of these something is kept
-        examples = [example for example in examples if example.id in kept]
-    average = [m.detach().clone() for m in masters(optimizer)] if config.ema_decay else []
-    checkpoints, metrics = path / "checkpoints", path / "metrics.jsonl"
-    if resume and store.list_checkpoints(checkpoints):
-        checkpoint = store.load_latest_checkpoint(checkpoints)
-        for warning in checkpoint.warnings:
-            watch.event("warning", warning)
-        state = restore(checkpoint, parameters, optimizer, scheduler, average, generator, replay=state.replay)
-    if metrics.is_file():
-        store.truncate_jsonl(metrics, state.step)
-    store.remove_draws_after(path, "train", state.step)
-
-    target = tilt(loaded.reference, loaded.reward, beta)
+    config, target = loaded.config, tilt(loaded.reference, loaded.reward, beta)
+    moving = _moving(loaded)
+    state, examples = _first(loaded, pool)
+    state = _taken_up(path, state, moving, resume, watch)
     clip = {} if config.clip is None else {"clip": config.clip}
-    log = trackers(config, path)
-    evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
     steps = train(
         examples,
-        policy,
+        loaded.policy,
         target,
         loaded.sampler,
         partial(OBJECTIVES[config.method], **clip),
-        optimizer,
+        moving.optimizer,
         max_steps=config.max_steps,
         prompts_per_step=config.prompts_per_step,
         num_draws=config.num_generations,
@@ -98,44 +69,110 @@ def trained(
         replay_steps=config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
         max_grad_norm=config.max_grad_norm,
-        scheduler=scheduler,
+        scheduler=moving.scheduler,
         state=state,
-        generator=generator,
+        generator=moving.generator,
     )
     watch.event("train", {"step": state.step, "max_steps": config.max_steps})
-    seen: set[float] = set()
+    evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
+    rewards: set[float] = set()
+    told: set[str] = set()
+    stopped = False
     for step in steps:
         state = step.state
-        if average:
-            average = moved_average(average, masters(optimizer), decay=config.ema_decay, step=step.step)
-        if step.fresh is not None and len(seen) < 2:
-            seen.update(step.fresh.reward.unique().tolist())
-            if len(seen) < 2 and step.step >= PATIENCE:
-                raise ValueError(
-                    f"nothing can be learned: after {step.step} steps every reward is {seen.pop():g}; change the "
-                    "reward or the prompts"
-                )
+        if moving.average:
+            moving.average[:] = moved_average(
+                moving.average, masters(moving.optimizer), decay=config.ema_decay, step=step.step
+            )
+        _check_useful(step, rewards)
         record = step_record(step)
         if config.eval_steps is not None and step.step % config.eval_steps == 0:
-            with speaking_as(average or masters(optimizer), optimizer, parameters):
+            with speaking_as(moving.result, moving.optimizer, moving.parameters):
                 record["evaluation"] = evaluate(step.step)
-        if step.fresh is not None:
-            where = store.draws_path(path, "train", step.step)
-            store.write_pool(where, step.fresh, verb="train", hashes=loaded.hashes, step=step.step)
-        store.append_jsonl(metrics, record)
-        log(record)
+        _write_down(step, record, path, loaded.hashes)
+        for about, warning in step.warnings.items():
+            if about not in told:
+                watch.event("warning", warning)
+        told.update(step.warnings)
         watch.event("step", record)
-        stopped = watch.stop() and step.step < config.max_steps
+        stopped = watch.stop()
         if stopped or step.step % config.save_steps == 0 or step.step == config.max_steps:
-            tensors, rest = saved(state, parameters, optimizer, scheduler, average, generator)
-            store.save_checkpoint(checkpoints, step.step, tensors, rest, keep=config.save_total_limit)
+            store.save_checkpoint(
+                path / "checkpoints", step.step, *saved(state, moving), keep=config.save_total_limit
+            )
             watch.event("checkpoint", {"step": step.step})
-        if stopped:
+        if stopped and step.step < config.max_steps:
             return step.step, True
-    write_out(average or masters(optimizer), parameters)  # from here on the policy is what was averaged
-    store.write_directory_whole(path / "policy", partial(save_policy, policy))
+    write_out(moving.result, moving.parameters)  # from here on the policy is what was averaged
+    store.write_directory_whole(path / "policy", partial(save_policy, loaded.policy))
+    stopped = stopped or watch.stop()
     watch.event("trained", {"step": state.step})
-    return state.step, False
+    return state.step, stopped
+
+
+def _moving(loaded: Loaded) -> Moving:
+    """Optimizer, schedule, generator and average as they are before the first step."""
+    config, parameters = loaded.config, list(loaded.policy.parameters())
+    optimizer = adamw(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    return Moving(
+        parameters,
+        optimizer,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config=config)),
+        generator_for(config.seed, "train"),
+        [m.detach().clone() for m in masters(optimizer)] if config.ema_decay else [],
+    )
+
+
+def _first(loaded: Loaded, pool: Pool | None) -> tuple[TrainState, list[Example]]:
+    """The state before the first step, with the plan's pool as the first replay, and the prompts to train on."""
+    config, examples = loaded.config, list(loaded.train_examples)
+    if pool is None or not (config.num_replay > 0 or config.replay_steps > 0):
+        return TrainState(), examples
+    replay = Replay(limit=max(Replay().limit, pool.draws.num_draws)).extended(pool)
+    kept = {example.id for example in pool.draws.examples}  # only of these something is kept
+    return TrainState(replay=replay), [example for example in examples if example.id in kept]
+
+
+def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch) -> TrainState:
+    """The newest checkpoint, or `state` where there is none; what came after it is removed."""
+    if resume and store.list_checkpoints(path / "checkpoints"):
+        checkpoint = store.load_latest_checkpoint(path / "checkpoints")
+        for warning in checkpoint.warnings:
+            watch.event("warning", warning)
+        state = restore(checkpoint, moving, replay=state.replay)
+    if (path / "metrics.jsonl").is_file():
+        store.truncate_jsonl(path / "metrics.jsonl", state.step)
+    store.remove_draws_after(path, "train", state.step)
+    return state
+
+
+def _check_useful(step: Step, rewards: set[float]) -> None:
+    """Add the step's rewards to those seen so far, and refuse to go on where they are all one.
+
+    Raises:
+        ValueError: they are, after PATIENCE steps.
+    """
+    if step.fresh is None or len(rewards) > 1:
+        return
+    rewards.update(step.fresh.reward.unique().tolist())
+    if len(rewards) < 2 and step.step >= PATIENCE:
+        raise ValueError(
+            f"nothing can be learned: after {step.step} steps every reward is {rewards.pop():g}; change the "
+            "reward or the prompts"
+        )
+
+
+def _write_down(step: Step, record: Mapping[str, Any], path: Path, hashes: Mapping[str, str]) -> None:
+    """The step's draws, then its line: a line says that all of the step is there."""
+    if step.fresh is not None:
+        where = store.draws_path(path, "train", step.step)
+        store.write_pool(where, step.fresh, verb="train", hashes=hashes, step=step.step)
+    store.append_jsonl(path / "metrics.jsonl", record)
 
 
 def rate(step: int, *, config: Config) -> float:
@@ -170,7 +207,7 @@ def _reference_of_evaluation(loaded: Loaded) -> Callable[[], Pool]:
 
 def _evaluated(loaded: Loaded, target: Tilt, reference_pool: Callable[[], Pool], step: int) -> dict[str, Any]:
     pool = reference_pool()
-    found = measure(
+    found, _, _ = certify(
         pool.draws.examples,
         loaded.policy,
         target,
@@ -178,6 +215,6 @@ def _evaluated(loaded: Loaded, target: Tilt, reference_pool: Callable[[], Pool],
         num_draws=loaded.config.eval_draws,
         generator=generator_for(loaded.config.seed, f"evaluate {step}"),
         reference_pool=pool,
-    ).certificate
+    )
     names = ("reward", "kl", "objective", "gap", "attained", "reference_reward")
     return {name: getattr(found, name).as_dict() for name in names}

@@ -222,3 +222,46 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(klimb, config, who
     assert (run / "policy/adapter_model.safetensors").read_bytes() == (
         whole / "policy/adapter_model.safetensors"
     ).read_bytes()
+
+
+def stopped_in_the_last_step(config, verb):
+    """A watch that is asked to stop while the last step is being taken."""
+    seen = []
+    watch = Watch(
+        event=lambda kind, record: seen.append(record["step"]) if kind == "step" else None,
+        stop=lambda: seen == list(range(1, config.max_steps + 1)),
+    )
+    return verb(config, watch=watch)
+
+
+def test_asked_to_stop_in_the_last_step_a_climb_does_not_measure(config, whole):
+    outcome = stopped_in_the_last_step(config, climb)
+    assert (outcome.step, outcome.interrupted, outcome.measurement) == (8, True, None)
+    assert not (outcome.path / "measure.json").exists()
+    went_on = climb(config, resume=True)
+    assert (went_on.step, went_on.interrupted) == (8, False)
+    assert everything(went_on.path) == everything(whole)
+
+
+def test_asked_to_stop_in_the_last_step_a_training_is_simply_done(config, whole):
+    outcome = stopped_in_the_last_step(config, run_train)
+    assert (outcome.step, outcome.interrupted) == (8, False)
+    files = [run / "policy/adapter_model.safetensors" for run in (outcome.path, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_ctrl_c_in_the_last_step_of_a_climb_says_how_to_go_on(klimb, config, tmp_path, monkeypatch):
+    real = edge.store.append_jsonl
+
+    def interrupted_at_the_end(path, *records):
+        real(path, *records)
+        if records[0]["step"] == config.max_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config.model_dump()))
+    monkeypatch.setattr(edge.store, "append_jsonl", interrupted_at_the_end)
+    status, _, err = klimb("climb", "-q", "-c", file)
+    assert status == 130
+    assert f"klimb climb --resume {tmp_path / 'run'}" in err
+    assert not (tmp_path / "run/measure.json").exists()

@@ -10,11 +10,11 @@ from functools import partial
 import pytest
 import torch
 
+from klimb.backward import backward
 from klimb.data import Pool
 from klimb.models.families import full, lora
 from klimb.objectives import log_variance, reverse_kl
 from klimb.target import tilt
-from klimb.train import backward
 
 SCALE = 0.3
 CHUNKS = {"one chunk": 100_000, "a chunk of some prompts": 45, "a prompt a chunk": 19, "groups in pieces": 1}
@@ -86,12 +86,16 @@ def test_chunks_change_no_gradient(build, tokenizer, plain, pool, objective, fam
     expected, value, log_pi = plain_gradient(policy, pool, target, objective, plain)
     for how, max_chunk_tokens in CHUNKS.items():
         cut = replace(policy, max_chunk_tokens=max_chunk_tokens)
-        got_value, residual = backward(cut, pool, target, objective, scale=SCALE)
+        passed = backward(cut, pool, target, objective, scale=SCALE)
         assert relative(taken(cut), expected) < tolerance, how
         scale = 1e5 * tolerance  # values are sums of squares of some hundred nats
-        assert torch.allclose(got_value.double(), value.double(), rtol=10 * tolerance, atol=scale), how
+        assert torch.allclose(passed.value.double(), value.double(), rtol=10 * tolerance, atol=scale), how
         wanted = pool.log_ref + pool.reward / 0.5 - log_pi
-        assert torch.allclose(residual.double(), wanted.double(), atol=scale), how
+        assert torch.allclose(passed.residual.double(), wanted.double(), atol=scale), how
+        tokens = policy.log_prob(pool.draws).detach()
+        assert torch.allclose(passed.token_log_pi, tokens, atol=scale), how
+        assert torch.allclose(passed.log_pi, pool.draws.sequence_sums(tokens), atol=scale), how
+        assert not torch.allclose(passed.token_log_pi, tokens.flip(0), atol=scale)
 
 
 def test_the_mutant_that_lets_each_piece_have_its_own_mean_is_noticed(build, tokenizer, plain, pool):

@@ -120,6 +120,13 @@ def test_too_few_kept_is_an_error(two):
         replay.draw(two, 1, generator=seeded())
 
 
+@pytest.mark.parametrize(("lacks", "word"), [("log_q", "best of n"), ("texts", "texts")])
+def test_draws_of_an_unknown_law_or_without_texts_are_refused(two, lacks, word):
+    pool = made(two, 4)
+    with pytest.raises(ValueError, match=rf"got draws without .*{word}.*expected draws of a policy"):
+        Replay().extended(replace(pool, draws=replace(pool.draws, **{lacks: None})))
+
+
 @pytest.mark.parametrize("known", [True, False, None])
 def test_draws_that_could_not_be_everything_are_not_made_honest_by_being_kept(two, known):
     pool = made(two, 4)

@@ -78,8 +78,8 @@ def _one(
             rate = found / tries
             raise ValueError(
                 f"rejection: {found} of {tries} reference draws were kept for the prompt "
-                f"{str(example.prompt)[:60]!r}, expected {num_draws}; acceptance is about {rate:.2g}. Raise beta "
-                f"(now {target.beta:g}), give a tighter bound than {bound:g}, or allow more tries"
+                f"{str(example.prompt)[:60]!r}, expected {num_draws}; acceptance is about {rate:.2g}. Ask for fewer "
+                f"draws a prompt, raise beta (now {target.beta:g}) or give a tighter bound than {bound:g}"
             )
         draws = sampler(target.reference, [example], batch, generator=generator)
         if draws.full_support is False:

@@ -44,10 +44,17 @@ class Replay:
         assert self.limit >= 1
 
     def extended(self, pool: Pool) -> Replay:
-        """A replay that also holds the draws of `pool`."""
+        """A replay that also holds the draws of `pool`.
+
+        Raises:
+            ValueError: nobody knows how likely the draws were (best of n, rejection), or they have no texts.
+        """
+        if pool.draws.log_q is None or pool.draws.texts is None:
+            lacks = "log_q (best of n and rejection have none)" if pool.draws.log_q is None else "texts"
+            raise ValueError(
+                f"replay: got draws without {lacks}; expected draws of a policy, with the law that they were drawn from"
+            )
         rows = dict(self.rows)
-        assert pool.draws.texts is not None
-        assert pool.draws.log_q is not None
         for p, example in enumerate(pool.draws.examples):
             new = [
                 Kept(

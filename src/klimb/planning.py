@@ -1,0 +1,134 @@
+"""A plan on disk: its pool drawn or taken from where it lies, and the beta found from it, written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from klimb import store
+from klimb.config import Config
+from klimb.data import Pool
+from klimb.loaded import Loaded, generator_for
+from klimb.plan import draw_pool, plan
+from klimb.records import plan_record
+from klimb.watch import Watch
+
+NOT_THE_REFERENCE = {
+    "train": "draws of the policy in training",
+    "measure": "draws of the measured policy",
+    "sample-policy": "draws of a policy that is not the reference",
+    "sample-best_of": "best of n, not draws of the reference: their law is another one and has no log_q",
+    "sample-rejection": "draws of the target (by rejection), not of the reference",
+}
+"""verbs whose draws no plan can rest on"""
+
+
+def planned(
+    loaded: Loaded, path: Path, watch: Watch, *, to_train: bool
+) -> tuple[Pool, float, dict[str, Any]]:
+    """Draw the pool, or take the one that is there or that `config.plan` names; write it and plan.json.
+
+    Args:
+        loaded: what the configuration names.
+        path: the directory of the run, which is there; config.yaml there gets its beta.
+        watch: told how far it is.
+        to_train: whether the pool is going to be trained on.
+
+    Returns:
+        The pool, the beta and what plan.json holds.
+
+    Raises:
+        ValueError: a given pool is not of this reference, reward and prompts; training could not live on the pool;
+            beta cannot be found from it; all rewards are the same.
+    """
+    config = loaded.config
+    own = store.draws_path(path, "plan")
+    if own.is_file():
+        pool = _stored_pool(own, loaded)
+    elif config.plan is not None:
+        given = Path(config.plan)
+        pool = _stored_pool(store.draws_path(given, "plan") if given.is_dir() else given, loaded)
+    else:
+        pool = draw_pool(
+            loaded.train_examples,
+            loaded.reference,
+            loaded.reward,
+            loaded.sampler,
+            num_draws=config.num_plan_draws,
+            generator=generator_for(config.seed, "plan"),
+            progress=watch.progress,
+            what="plan: draw from the reference",
+        )
+    if to_train:
+        _check_pool(pool, config)
+    generator = generator_for(config.seed, "frontier")
+    found = plan(
+        pool.draws.examples,
+        loaded.reference,
+        loaded.reward,
+        loaded.sampler,
+        num_draws=pool.draws.num_draws,
+        generator=generator,
+        pool=pool,
+    )
+    asked = {"beta": config.beta, "kl": config.kl_budget, "reward": config.reward_goal}
+    beta = found.solve(**asked)
+    if (path / "plan.json").is_file():  # resumed: config.yaml holds the beta already, plan.json knows why
+        record = store.read_json(path / "plan.json")
+    else:
+        record = plan_record(found, beta, why=_why(config), generator=generator)
+        if not own.is_file():
+            store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
+        store.write_json(path / "plan.json", record)
+    settled = {**config.model_dump(), "beta": beta, "kl_budget": None, "reward_goal": None}
+    store.write_yaml(path / "config.yaml", settled)
+    return pool, beta, record
+
+
+def _check_pool(pool: Pool, config: Config) -> None:
+    """Refuse, before anything is trained, a pool that the configured steps cannot live on."""
+    replayed = config.num_replay + (config.num_generations if config.replay_steps else 0)
+    if replayed > pool.draws.num_draws:
+        raise ValueError(
+            f"a step would replay {replayed} kept draws a prompt, and the pool has {pool.draws.num_draws}; replay "
+            "fewer, or plan with more"
+        )
+    if config.num_replay + config.replay_steps > 0 and config.prompts_per_step > pool.draws.num_prompts:
+        raise ValueError(
+            f"prompts_per_step {config.prompts_per_step} is more than the {pool.draws.num_prompts} prompts of the "
+            "pool; use fewer a step, or plan with more prompts"
+        )
+    if config.method != "forward_kl" and bool(pool.reward.isneginf().any()):
+        raise ValueError(
+            f"the reward forbids some completions (-inf), and {config.method} cannot be infinitely far from the "
+            "target; use method forward_kl, or a finite reward"
+        )
+
+
+def _why(config: Config) -> str:
+    if config.kl_budget is not None:
+        return f"kl_budget: {config.kl_budget:g} nats"
+    if config.reward_goal is not None:
+        return f"reward_goal: {config.reward_goal:g}"
+    return "given"
+
+
+def _stored_pool(path: Path, loaded: Loaded) -> Pool:
+    found = store.read_draws(path, expect_hashes=loaded.hashes)
+    if found.verb in NOT_THE_REFERENCE:
+        raise ValueError(
+            f"{path}: these are {NOT_THE_REFERENCE[found.verb]}; a plan rests on draws of the reference at "
+            "temperature 1, made by klimb plan, or by klimb sample with method ancestral and no trained policy"
+        )
+    known = {example.id for example in loaded.train_examples}
+    if not {example.id for example in found.draws.examples} <= known:
+        held_out = " (klimb sample draws those of dataset_test_split)" if found.verb == "sample" else ""
+        raise ValueError(
+            f"{path}: these draws are of other prompts than those of {loaded.config.dataset_name} to train "
+            f"on{held_out}; plan again"
+        )
+    if found.reward is None or found.log_ref is None:
+        raise ValueError(f"{path}: these draws have no reward or no log_ref; draw a new pool with plan")
+    return Pool(
+        found.draws, found.reward, found.log_ref, found.reward_parts, token_log_ref=found.token_log_ref
+    )
