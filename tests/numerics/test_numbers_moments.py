@@ -237,6 +237,14 @@ def test_too_few_draws_say_so():
     assert not fit_moments(single, [0.1]).reliable
 
 
+@pytest.mark.parametrize("draws", [14, 20, 30])
+def test_the_jackknifed_goal_is_met_where_only_some_prompts_have_enough_draws(draws):
+    for phi in pools(18, 5, 30, draws):
+        found = fit_moments(phi, [0.6])
+        assert found.reached[0] == pytest.approx(0.6, abs=1e-9)
+        assert not any("could not be removed" in warning for warning in found.warnings)
+
+
 def test_held_out_shows_what_was_fitted_to_noise():
     """Eight features of nothing, each to be 0.3, fitted on 100 draws: on others they are 0.4 on average, and it says so."""
     g = torch.Generator().manual_seed(16)

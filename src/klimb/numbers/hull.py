@@ -22,7 +22,7 @@ class Reach:
     Attributes:
         nearest: [K] the reachable moments nearest to zero, by the sum of absolute differences.
         direction: [K] the direction in which the reachable moments fall short of zero.
-        most: the largest reachable direction . moments; below 0 proves that zero is out of reach.
+        most: the largest reachable direction . moments; below 0 (by more than rounding) proves that zero is out of reach.
     """
 
     nearest: Tensor
@@ -32,7 +32,7 @@ class Reach:
     @property
     def outside(self) -> bool:
         """Whether no weights have moments zero; proven, where it is True."""
-        return self.most < 0
+        return self.most < -1e-12
 
 
 def reach(x: Tensor, allowed: Tensor) -> Reach:

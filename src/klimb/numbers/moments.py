@@ -126,7 +126,8 @@ def fit_moments(
     plain, steps, inside = _newton(x, u, max_steps)
     if not inside:
         raise ValueError("fit_moments: " + in_words(reach(x, u > 0), phi, u > 0, mu, scale, names))
-    lam = _corrected(x, u, plain) if correct else plain
+    enough = _enough(shares(x @ plain + u.log())) & correct
+    lam = _corrected(x, u, plain, enough)
 
     num_prompts, num_draws = u.shape
     tilted, log_u = x @ lam, u.log()
@@ -134,8 +135,11 @@ def fit_moments(
     s = shares(weights)
     log_z = log_partition(tilted, 1.0, log_u + math.log(num_draws), correct=correct)
     k = pooled_pareto_k(weights)
+    reached = _means(x, s, enough).mean(0)
     held, held_half = _held_out(x, u, max_steps, correct)
+    biased = f"unreliable: the bias of the moments could not be removed; needs more than {num_draws} draws a prompt"
     warnings = (
+        *((biased,) if reached.abs().max() > 1e-6 else ()),
         *trust_warnings(weights, tilted_kl(weights, 1.0).mean().item(), k),
         *_missed(held, held_half, mu, scale, names, num_draws),
     )
@@ -164,7 +168,7 @@ def fit_moments(
             width * scale * _noise(x, u).diagonal().sqrt(),
             (),
         ),
-        reached=tuple((mu + scale * _means(x, s, _enough(s, correct)).mean(0)).tolist()),
+        reached=tuple((mu + scale * reached).tolist()),
         held_out=estimates(mu + scale * held, scale * held_half, warnings),
         kl=Estimate(kl, max(0.0, kl - kl_half), kl + kl_half, u.numel(), warnings),
         log_z=log_z + mu @ (lam / scale),
@@ -198,9 +202,8 @@ def _newton(x: Tensor, u: Tensor, max_steps: int) -> tuple[Tensor, int, bool]:
         solved = (hessian @ move + gradient).abs().max().item() <= 1e-3 * left
         if left <= TOLERANCE and change <= 0.5 and solved:
             return lam, step, True
-        if (
-            left <= TOLERANCE / 1000 or step == max_steps
-        ):  # below that the gradient is rounding and proves nothing
+        # far below the tolerance the gradient is rounding and proves nothing
+        if left <= TOLERANCE / 1000 or step == max_steps:
             return lam, step, False
         move = move * min(1.0, (10 + 2 * lam.abs().max().item()) / max(move.abs().max().item(), 1e-300))
         slope, length = (gradient @ move).item(), 1.0
@@ -212,16 +215,19 @@ def _newton(x: Tensor, u: Tensor, max_steps: int) -> tuple[Tensor, int, bool]:
         lam, value, step = lam + length * move, new, step + 1
 
 
-def _corrected(x: Tensor, u: Tensor, lam: Tensor) -> Tensor:
+def _corrected(x: Tensor, u: Tensor, lam: Tensor, enough: Tensor) -> Tensor:
     """The lam nearby at which the jackknifed moments are zero; `lam` itself if they cannot be made so."""
-    enough, start = _enough(shares(x @ lam + u.log()), True), lam
+    start, before = lam, math.inf
     for _ in range(30):
         s = shares(x @ lam + u.log())
-        left = _means(x, s, enough).mean(0)
-        if left.abs().max() <= TOLERANCE:
+        gap = _means(x, s, enough).mean(0)
+        left = gap.abs().max().item()
+        if left <= TOLERANCE:
             return lam
-        lam = lam - _inverse(_covariance(x, s).mean(0)) @ left
-    return start  # `reached` and `held_out` show what is missing
+        if not left < before:
+            break
+        lam, before = lam - _inverse(_covariance(x, s).mean(0)) @ gap, left
+    return start
 
 
 def _held_out(x: Tensor, u: Tensor, max_steps: int, correct: bool) -> tuple[Tensor, Tensor]:
@@ -240,21 +246,22 @@ def _held_out(x: Tensor, u: Tensor, max_steps: int, correct: bool) -> tuple[Tens
     if not all(inside for _, _, inside in fits):
         return unknown, unknown
     lams = [
-        _corrected(*half, lam) if correct else lam for half, (lam, _, _) in zip(halves, fits, strict=True)
+        _corrected(*half, lam, _enough(shares(half[0] @ lam + half[1].log())) & correct)
+        for half, (lam, _, _) in zip(halves, fits, strict=True)
     ]
     means, noises = [], []
     for (part, weight), lam in zip(halves, lams[::-1], strict=True):
         s = shares(part @ lam + weight.log())
-        means.append(_means(part, s, _enough(s, True)))
+        means.append(_means(part, s, _enough(s)))
         noises.append(_noise(part, s))
     mean = (means[0] + means[1]) / 2
     noise = (noises[0] + noises[1]) / 4 if len(x) < FEW_PROMPTS else _between(mean)
     return mean.mean(0), _width(len(x)) * noise.diagonal().sqrt()
 
 
-def _enough(s: Tensor, correct: bool) -> Tensor:
+def _enough(s: Tensor) -> Tensor:
     """[P] where to jackknife: enough draws carry the weight."""
-    return (torch.special.entr(s).sum(-1) >= MARGIN) & correct
+    return torch.special.entr(s).sum(-1) >= MARGIN
 
 
 def _means(x: Tensor, s: Tensor, enough: Tensor) -> Tensor:
