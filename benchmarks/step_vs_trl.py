@@ -53,6 +53,7 @@ def klimb_worker(steps):
     import torch
 
     from klimb.data import Example
+    from klimb.learn import Recipe
     from klimb.models.families import lora
     from klimb.models.hub import load_model
     from klimb.models.policy import CausalPolicy
@@ -76,7 +77,7 @@ def klimb_worker(steps):
         policy,
         tilt(reference, reward, 0.05),
         sampler,
-        reverse_kl,
+        Recipe(reverse_kl),
         optimizer,
         max_steps=steps + 1,
         prompts_per_step=PROMPTS,

@@ -1,28 +1,31 @@
-"""The backward pass: signed maximum likelihood with the objective's table of coefficients, chunk by chunk.
+"""The backward pass: signed maximum likelihood with the objective's tables of coefficients, chunk by chunk.
 
 P prompts, G draws a prompt, N packed tokens:
 
-    gradient = sum over draws of coefficient * grad log pi(draw)
+    gradient = sum over the network's numbers of coefficient * grad number
 
-An objective may tie a whole group together; the pass over the network still goes in pieces of any size. What it saw of
-the draws on its way is handed back, so that nothing has to be scored twice.
+where a number is the log-probability of a draw or of a token. An objective may tie a whole group together; the pass over
+the network still goes in pieces of any size. What it saw of the draws on its way is handed back, so that nothing has to
+be scored twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from klimb.data import Draws, Pool, Scored, chunks, pick
+from klimb.data import Draws, Pool, Scored, Target, chunks, pick
 from klimb.models.policy import CausalPolicy
 from klimb.objectives.bind import bind
 from klimb.objectives.coefficients import coefficients
-from klimb.target import Tilt
 
 Objective = Callable[..., Tensor]
+
+PACKED = frozenset({"returns", "old_values"})
+"""names of packed numbers [N] besides those that begin with token_"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,13 @@ class Passed:
 
 
 def backward(
-    policy: CausalPolicy, pool: Pool, target: Tilt, objective: Objective, *, scale: float, num_fresh: int = 0
+    policy: CausalPolicy,
+    draws: Draws,
+    known: Mapping[str, Tensor],
+    objective: Objective,
+    *,
+    scale: float,
+    num_fresh: int = 0,
 ) -> Passed:
     """Add scale * the objective's gradient to the parameters' gradients, chunk by chunk.
 
@@ -56,54 +65,115 @@ def backward(
     pass goes through. A group too large for that is first looked at without gradients, for its coefficients, and
     then passed again in pieces.
 
+    Args:
+        policy: whose parameters gain gradients.
+        draws: P x G completions.
+        known: all numbers that the objective may ask for besides the network's, by name: [P, ...], [N] or scalars.
+            Where nothing is known of an older policy (log_old, token_log_old), it is the policy as it is now.
+        objective: numbers -> [P].
+        scale: what the objective is multiplied by.
+        num_fresh: how many draws of each prompt are the policy's own.
+
     Raises:
         ValueError: the draws are of a law that cannot draw everything, or the objective asks for what is unknown.
     """
-    if pool.draws.full_support is False:
+    if draws.full_support is False:
         raise ValueError(
             "these draws come from a law that cannot draw every completion (top-p, filtered, best of n), so what it "
             "leaves out would go unlearned; draw at temperature 1 without top-p"
         )
-    numbers = {name: x for name, x in vars(scored(pool, target)).items() if isinstance(x, Tensor)}
-    values, residuals, sums, per_token, start = [], [], [], [], 0
+    values, residuals, sums, per_token, start, offset = [], [], [], [], 0, 0
     asked: frozenset[str] = frozenset()
-    for group in chunks(pool.draws, policy.max_chunk_tokens):
-        here = slice(start, start + group.num_prompts)
-        start += group.num_prompts
-        part = {name: x[here] for name, x in numbers.items()}
-        fits = int(group.lengths.sum()) <= policy.max_chunk_tokens
+    for group in chunks(draws, policy.max_chunk_tokens):
+        num_tokens = int(group.lengths.sum())
+        here, there = slice(start, start + group.num_prompts), slice(offset, offset + num_tokens)
+        start, offset = here.stop, there.stop
+        part = {n: x if x.ndim == 0 else x[there if is_packed(n) else here] for n, x in known.items()}
+        fits = num_tokens <= policy.max_chunk_tokens
         with torch.set_grad_enabled(fits):
             tokens = policy.log_prob(group)
             log_pi = group.sequence_sums(tokens)
-        own = log_pi.detach()[:, :num_fresh]
+        seen = {"log_pi": log_pi.detach(), "token_log_pi": tokens.detach()}
         if "log_q" in part:
-            part["log_q"] = torch.cat([own, part["log_q"][:, num_fresh:]], 1)
+            part["log_q"] = torch.cat([seen["log_pi"][:, :num_fresh], part["log_q"][:, num_fresh:]], 1)
             part["log_w"] = part["log_target"] - part["log_q"]
-        arguments = bind(objective, {**part, "log_pi": log_pi.detach()})
+        now = {"log_old": seen["log_pi"], "token_log_old": seen["token_log_pi"], "row": group.row}
+        arguments = bind(objective, {**now, **part, **seen})
         asked = frozenset(arguments)
-        value, tables = coefficients(objective, **arguments)  # ty: ignore[invalid-argument-type]
-        table = scale * tables["log_pi"]
+        network = [name for name in seen if name in arguments]
+        value, tables = coefficients(objective, network=network, **arguments)
+        tables = {name: scale * table for name, table in tables.items()}
         if fits:
-            (table * log_pi).sum().backward()
+            _likelihood(tables, log_pi, tokens).backward()
         else:
             for columns in column_pieces(group, policy.max_chunk_tokens):
                 piece = pick(group, columns[None].expand(group.num_prompts, -1))
-                (table[:, columns] * piece.sequence_sums(policy.log_prob(piece))).sum().backward()
+                again = policy.log_prob(piece)
+                inside = torch.isin(group.row % group.num_draws, columns)
+                cut = {n: t[inside] if is_packed(n) else t[:, columns] for n, t in tables.items()}
+                _likelihood(cut, piece.sequence_sums(again), again).backward()
         values.append(value)
-        residuals.append(part["log_target"] - log_pi.detach())
-        sums.append(log_pi.detach())
-        per_token.append(tokens.detach())
+        residuals.append(part["log_target"] - seen["log_pi"])
+        sums.append(seen["log_pi"])
+        per_token.append(seen["token_log_pi"])
     return Passed(*(torch.cat(x) for x in (values, residuals, sums, per_token)), asked)
 
 
-def scored(pool: Pool, target: Tilt) -> Scored:
-    """What an objective may see of a pool besides the network's numbers."""
+def _likelihood(tables: Mapping[str, Tensor], log_pi: Tensor, token_log_pi: Tensor) -> Tensor:
+    numbers = {"log_pi": log_pi, "token_log_pi": token_log_pi}
+    parts = [(table * numbers[name]).sum() for name, table in tables.items()]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def is_packed(name: str) -> bool:
+    """True for numbers that come one a token [N].
+
+    Example:
+        >>> is_packed("token_log_ref"), is_packed("reward")
+        (True, False)
+    """
+    return name.startswith("token_") or name in PACKED
+
+
+def known_numbers(pool: Pool, target: Target) -> dict[str, Tensor]:
+    """What an objective may see of a pool besides the network's numbers, by name; what is unknown is not there."""
     bare = Scored(
         log_ref=pool.log_ref, reward=pool.reward, log_q=pool.draws.log_q, lengths=pool.draws.lengths
     )
     log_target = target.log_target(bare)
-    log_w = None if bare.log_q is None else log_target - bare.log_q
-    return replace(bare, log_target=log_target, log_w=log_w)
+    numbers = {
+        "log_ref": pool.log_ref,
+        "reward": pool.reward,
+        "lengths": pool.draws.lengths,
+        "log_target": log_target,
+        "beta": torch.tensor(target.beta, dtype=pool.reward.dtype),
+    }
+    if pool.draws.log_q is not None:
+        numbers |= {"log_q": pool.draws.log_q, "log_w": log_target - pool.draws.log_q}
+    if pool.token_log_ref is not None:
+        numbers["token_log_ref"] = pool.token_log_ref
+    return numbers
+
+
+def of_prompts(known: Mapping[str, Tensor], lengths: Tensor, index: Sequence[int]) -> dict[str, Tensor]:
+    """The same numbers for some of the prompts.
+
+    Args:
+        known: [P, ...], [N] or scalars, by name.
+        lengths: [P, G] tokens.
+        index: which prompts.
+    """
+    tokens = lengths.sum(1).tolist()
+
+    def chosen(name: str, x: Tensor) -> Tensor:
+        if x.ndim == 0:
+            return x
+        if not is_packed(name):
+            return x[list(index)]
+        rows = x.split(tokens)
+        return torch.cat([rows[i] for i in index])
+
+    return {name: chosen(name, x) for name, x in known.items()}
 
 
 def column_pieces(draws: Draws, max_tokens: int) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """What a checkpoint holds: everything that the next step depends on, as named tensors and as JSON.
 
-Weights (float32 masters), optimizer, scheduler, average, generator, the prompts still to come, and the replay.
+Weights (float32 masters), optimizer, scheduler, average, generator, the critic and its optimizer where there is one, the
+prompts still to come, and the replay.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from klimb import store
+from klimb.models.critic import Critic
 from klimb.models.master import masters, write_out
 from klimb.samplers.replay import Kept, Replay
 from klimb.train import TrainState
@@ -29,6 +31,8 @@ class Moving:
         scheduler: of its learning rate.
         generator: of all draws.
         average: moving averages of the masters; empty where none is kept.
+        critic: learns what reward to expect; None where the method has none.
+        critic_optimizer: of its parameters.
     """
 
     parameters: Sequence[Tensor]
@@ -36,6 +40,8 @@ class Moving:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
     average: list[Tensor]
+    critic: Critic | None = None
+    critic_optimizer: torch.optim.Optimizer | None = None
 
     @property
     def result(self) -> Sequence[Tensor]:
@@ -51,11 +57,7 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
     tensors = {
         **{f"weights.{i}": m for i, m in enumerate(own)},
         **{f"average.{i}": a for i, a in enumerate(moving.average)},
-        **{
-            f"optimizer.{i}.{name}": x
-            for i, slots in moving.optimizer.state_dict()["state"].items()
-            for name, x in slots.items()
-        },
+        **_slots("optimizer", moving.optimizer),
         "generator": moving.generator.get_state(),
         "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
         "replay.lengths": torch.tensor([len(row.completion) for row in kept], dtype=torch.int64),
@@ -63,6 +65,9 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
             [[row.log_q, row.log_ref, row.reward] for row in kept], dtype=torch.float64
         ),
     }
+    if moving.critic_optimizer is not None:
+        tensors |= {f"critic.{i}": p.detach() for i, p in enumerate(masters(moving.critic_optimizer))}
+        tensors |= _slots("critic_optimizer", moving.critic_optimizer)
     rest = {
         "step": state.step,
         "order": list(state.order),
@@ -96,18 +101,36 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
         for i, mean in enumerate(moving.average):
             mean.copy_(tensors[f"average.{i}"])
     write_out(own, moving.parameters)
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest_of_name = name.partition(".")
-        if kind == "optimizer":
-            index, _, slot = rest_of_name.partition(".")
-            slots.setdefault(int(index), {})[slot] = tensor
-    moving.optimizer.load_state_dict({**moving.optimizer.state_dict(), "state": slots})
+    _take_slots("optimizer", moving.optimizer, tensors)
+    if moving.critic_optimizer is not None:
+        with torch.no_grad():
+            for i, parameter in enumerate(masters(moving.critic_optimizer)):
+                parameter.copy_(tensors[f"critic.{i}"])
+        _take_slots("critic_optimizer", moving.critic_optimizer, tensors)
     for group, lr in zip(moving.optimizer.param_groups, rest["learning_rates"], strict=True):
         group["lr"] = lr
     moving.scheduler.load_state_dict({**moving.scheduler.state_dict(), **rest["scheduler"]})
     moving.generator.set_state(tensors["generator"])
     return TrainState(rest["step"], tuple(rest["order"]), _replay(tensors, rest["replay"], replay))
+
+
+def _slots(kind: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer remembers of each tensor, by name."""
+    return {
+        f"{kind}.{i}.{name}": x
+        for i, slots in optimizer.state_dict()["state"].items()
+        for name, x in slots.items()
+    }
+
+
+def _take_slots(kind: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        first, _, rest_of_name = name.partition(".")
+        if first == kind:
+            index, _, slot = rest_of_name.partition(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
 def _replay(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], empty: Replay) -> Replay:

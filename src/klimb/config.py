@@ -62,6 +62,60 @@ class Full(BaseModel):
     kind: Literal["full"] = "full"
 
 
+# written out, since the table itself needs torch; a test compares the two
+TRAINED = (
+    "log_variance",
+    "reverse_kl",
+    "forward_kl",
+    "jensen_shannon",
+    "total_variation",
+    "chi2_reverse",
+    "chi2_forward",
+    "squared_hellinger",
+    "alpha(0.5)",
+    "skew_kl(0.1)",
+    "generalized_js(0.1)",
+    "trajectory_balance",
+    "a_star_po",
+    "pmd_mean",
+    "flow_rl",
+    "reward_weighted",
+    "raft",
+    "filtered",
+    "dpg",
+    "rloo",
+    "ppo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "reinforce_pp",
+)
+NEED_LOG_Z = frozenset(
+    {
+        "jensen_shannon",
+        "total_variation",
+        "chi2_reverse",
+        "chi2_forward",
+        "squared_hellinger",
+        "alpha(0.5)",
+        "skew_kl(0.1)",
+        "generalized_js(0.1)",
+        "trajectory_balance",
+        "a_star_po",
+        "flow_rl",
+        "dpg",
+    }
+)
+UNTRAINED = {
+    "best_of": "it draws and trains nothing: klimb sample --method best_of",
+    "rejection": "it draws and trains nothing: klimb sample --method rejection",
+    "sft": "on the policy's own draws it learns nothing; raft and filtered learn from the good ones among them",
+    "path_consistency": "its soft values need a critic, which training has not got; log_variance needs none",
+}
+
+
 class Config(BaseModel):
     """All that a run depends on."""
 
@@ -110,8 +164,8 @@ class Config(BaseModel):
     num_plan_draws: Annotated[int, Field(ge=2)] = 40
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
 
-    method: Literal["log_variance", "reverse_kl", "forward_kl"] = "log_variance"
-    """the objective"""
+    method: str = "log_variance"
+    """the objective; klimb methods lists them"""
     num_generations: Amount = 8
     """fresh completions a prompt in a step"""
     num_replay: Amount = 8
@@ -128,6 +182,22 @@ class Config(BaseModel):
     """tokens; longer completions are cut"""
     clip: Positive | None = None
     """nats of residual above which a draw counts linearly; left out: never"""
+    num_iterations: Count = 1
+    """updates with each batch of draws"""
+    num_minibatches: Count = 1
+    """parts that a batch of prompts is updated in, one after the other"""
+    epsilon: Positive | None = None
+    """how far the ratio to the policy that drew counts (ppo, grpo, ...); left out: the method's own"""
+    epsilon_high: Positive | None = None
+    """the same upwards; left out: epsilon"""
+    kl_stop: Positive | None = None
+    """nats from the policy that drew at which a batch is left; left out: never"""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """how far ppo trusts rewards over its critic; below 1 the critic's error biases"""
+    value_learning_rate: Positive = 1e-3
+    """of ppo's critic"""
+    value_clip: Positive | None = None
+    """reward that a value may move by in one batch; left out: any"""
 
     learning_rate: Positive = 5e-4
     """of AdamW"""
@@ -205,6 +275,15 @@ class Config(BaseModel):
             raise ValueError("expected a positive number, in units of reward per nat")
         return beta
 
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, method: str) -> str:
+        if method in UNTRAINED:
+            raise ValueError(UNTRAINED[method])
+        if method not in TRAINED:
+            raise ValueError(f"no such method{nearest(method, TRAINED)}; klimb methods lists them")
+        return method
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         given = [name for name in DESTINATIONS if getattr(self, name) is not None]
@@ -230,9 +309,10 @@ class Config(BaseModel):
                 f"a step would replay {replayed} kept draws a prompt, and num_plan_draws is {self.num_plan_draws}; "
                 "replay fewer, or plan with more"
             )
-        if self.clip is not None and self.method == "forward_kl":
+        if self.num_minibatches > self.prompts_per_step:
             raise ValueError(
-                "clip bounds a residual, and forward_kl has none; leave clip out, or use another method"
+                f"num_minibatches {self.num_minibatches} is more than the {self.prompts_per_step} prompts_per_step; a "
+                "minibatch holds whole prompts, one at least"
             )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
@@ -244,7 +324,18 @@ class Config(BaseModel):
     @property
     def needs_plan(self) -> bool:
         """True if training cannot begin without a pool of reference draws."""
-        return self.beta is None or self.num_replay > 0 or self.replay_steps > 0 or self.plan is not None
+        return (
+            self.beta is None
+            or self.num_replay > 0
+            or self.replay_steps > 0
+            or self.plan is not None
+            or self.needs_log_z
+        )
+
+    @property
+    def needs_log_z(self) -> bool:
+        """True if the method cannot do without log Z of each prompt, which the plan's pool gives."""
+        return self.method in NEED_LOG_Z
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -154,8 +154,20 @@ class Policy(Protocol):
 class Target(Protocol):
     """Where to go: an unnormalised law over completions, relative to a reference."""
 
-    reference: Policy
-    beta: float
+    @property
+    def reference(self) -> Policy:
+        """What the law is relative to."""
+        ...
+
+    @property
+    def reward(self) -> Reward:
+        """What is good."""
+        ...
+
+    @property
+    def beta(self) -> float:
+        """Units of reward per nat."""
+        ...
 
     def log_target(self, scored: Scored) -> Tensor:
         """[P, G] unnormalised log-probability, nats."""
@@ -251,7 +263,9 @@ def stack_pools(parts: Sequence[Pool]) -> Pool:
 
 
 def join_pools(parts: Sequence[Pool]) -> Pool:
-    """More draws of the same prompts; what is packed by token is dropped."""
+    """More draws of the same prompts; what is packed by token is dropped, unless there is nothing to join."""
+    if len(parts) == 1:
+        return parts[0]
     bare = [replace(part, token_log_ref=None, token_log_pi=None) for part in parts]
     return _merge_pools(bare, join([part.draws for part in parts]), dim=1)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from klimb.choice import chosen
 from klimb.config import Config, Lora
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
@@ -60,6 +61,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
     Raises:
         ValueError: a prompt, reward, model or tracker that is not there or does not fit.
     """
+    chosen(config)
     check_trackers(config.report_to)
     read = partial(load_examples, config.dataset_name, prompt_column=config.prompt_column)
     train_examples = read(split=config.dataset_train_split)

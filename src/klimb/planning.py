@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from klimb import store
+from klimb.choice import takes_forbidden
 from klimb.config import Config
 from klimb.data import Pool
 from klimb.loaded import Loaded, generator_for
@@ -98,10 +99,10 @@ def _check_pool(pool: Pool, config: Config) -> None:
             f"prompts_per_step {config.prompts_per_step} is more than the {pool.draws.num_prompts} prompts of the "
             "pool; use fewer a step, or plan with more prompts"
         )
-    if config.method != "forward_kl" and bool(pool.reward.isneginf().any()):
+    if bool(pool.reward.isneginf().any()) and not takes_forbidden(config.method):
         raise ValueError(
             f"the reward forbids some completions (-inf), and {config.method} cannot be infinitely far from the "
-            "target; use method forward_kl, or a finite reward"
+            "target; use method forward_kl or jensen_shannon, or a finite reward"
         )
 
 

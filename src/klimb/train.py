@@ -1,7 +1,7 @@
 """Train: move a policy towards the target, one optimizer step at a time.
 
-P prompts a step, G draws a prompt. A step draws fresh completions, adds some that were kept, adds up the objective's
-gradient over all of them (`klimb.backward`), and hands it to the optimizer.
+P prompts a step, G draws a prompt. A step draws fresh completions, adds some that were kept, and learns from them
+(`klimb.learn`).
 
 What the next step needs (`TrainState`) is apart from what one wants to look at (`Step`). The loop yields both and
 writes nothing.
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from klimb.backward import Objective, Passed, backward
-from klimb.data import Draws, Example, Pool, Sampler, join_pools
+from klimb.backward import Objective, Passed, known_numbers
+from klimb.data import Draws, Example, Pool, Sampler, Target, join_pools
+from klimb.learn import Recipe, learn
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.objectives.bind import name_of
 from klimb.rewards.load import score
 from klimb.samplers.replay import Replay
-from klimb.target import Tilt
 
 TOLERATED = 0.1
 """share of the spread of reward / beta that sampler and scorer may differ by, on average, before a step warns"""
@@ -70,9 +70,9 @@ class Step:
 def train(
     examples: Sequence[Example],
     policy: CausalPolicy,
-    target: Tilt,
+    target: Target,
     sampler: Sampler,
-    objective: Objective,
+    recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     *,
     max_steps: int,
@@ -81,22 +81,19 @@ def train(
     num_replay: int = 0,
     replay_steps: int = 0,
     keep_fresh: bool = True,
-    max_grad_norm: float = 1.0,
+    log_z: Mapping[str, float] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     state: TrainState | None = None,
     generator: torch.Generator,
 ) -> Iterator[Step]:
-    """Take optimizer steps until `max_steps` of them are done.
-
-    The objective is multiplied by beta, so that learning rate and gradient norm mean what they mean for a policy
-    gradient of the reward.
+    """Take steps until `max_steps` of them are done.
 
     Args:
         examples: the prompts to learn on.
         policy: the policy that moves.
         target: where to.
         sampler: draws fresh completions from the policy.
-        objective: numbers -> [P]; its arguments are bound by name (log_pi, log_target, log_q, log_w, ...).
+        recipe: the objective, and how a batch is learned from.
         optimizer: over `policy.parameters()`.
         max_steps: how many steps there are in all.
         prompts_per_step: P.
@@ -104,13 +101,13 @@ def train(
         num_replay: kept completions a prompt beside the fresh ones.
         replay_steps: so many first steps draw nothing and use num_draws + num_replay kept completions.
         keep_fresh: whether fresh completions join the replay.
-        max_grad_norm: the gradient is scaled down to at most this norm.
+        log_z: id of an example -> log Z of its target, nats; for objectives that ask for it.
         scheduler: of the learning rate, stepped once a step.
         state: where to go on; by default at the start, with nothing kept.
         generator: the only source of randomness.
 
     Yields:
-        A Step after each optimizer step.
+        A Step after each of them.
 
     Raises:
         ValueError: the objective needs numbers or more draws than it gets; the gradient is not finite.
@@ -126,25 +123,32 @@ def train(
         kept_draws = num_replay if draws_fresh else num_draws + num_replay
         kept = state.replay.draw(batch, kept_draws, generator=generator) if kept_draws else None
         pool = join_pools([part for part in (fresh, kept) if part is not None])
+        known = known_numbers(pool, target)
+        if log_z is not None:
+            known["log_z"] = torch.tensor([log_z[example.id] for example in batch])
 
         clock = time.perf_counter()
-        optimizer.zero_grad()
-        passed = backward(
+        rate = optimizer.param_groups[0]["lr"]
+        passed, moved = learn(
             policy,
-            pool,
-            target,
-            objective,
-            scale=target.beta / len(batch),
+            pool.draws,
+            known,
+            recipe,
+            optimizer,
             num_fresh=num_draws if fresh is not None and fresh.draws.own_law else 0,
+            generator=generator,
+            step=state.step + 1,
         )
-        moved = update(policy, optimizer, scheduler, max_grad_norm=max_grad_norm, step=state.step + 1)
+        if scheduler is not None:
+            scheduler.step()
         seconds["update"] = time.perf_counter() - clock
 
         if fresh is not None:
             fresh = with_log_pi(fresh, pool, passed)
         replay = state.replay.extended(fresh) if fresh is not None and keep_fresh else state.replay
         state = TrainState(state.step + 1, order, replay)
-        yield seen(state, pool, fresh, passed, moved, seconds, objective=objective, beta=target.beta)
+        moved["learning_rate"] = rate
+        yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, beta=target.beta)
 
 
 def next_prompts(
@@ -162,7 +166,7 @@ def next_prompts(
 def fresh_pool(
     policy: CausalPolicy,
     batch: Sequence[Example],
-    target: Tilt,
+    target: Target,
     sampler: Sampler,
     num_draws: int,
     *,
@@ -177,37 +181,11 @@ def fresh_pool(
 
 
 @torch.no_grad()
-def scored_pool(draws: Draws, target: Tilt) -> Pool:
+def scored_pool(draws: Draws, target: Target) -> Pool:
     """Draws with their rewards and reference log-probabilities."""
     rewards = score(target.reward, draws)
     tokens = target.reference.log_prob(draws)
     return Pool(draws, rewards.total, draws.sequence_sums(tokens), rewards.parts, token_log_ref=tokens)
-
-
-def update(
-    policy: CausalPolicy,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    *,
-    max_grad_norm: float,
-    step: int,
-) -> dict[str, float]:
-    """Step the optimizer with the gradient scaled down to its limit; the norm before that, and the learning rate.
-
-    Raises:
-        ValueError: the gradient is not finite.
-    """
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    if not torch.isfinite(norm):
-        raise ValueError(
-            f"step {step}: the gradient is not finite; the weights were left as they were before it. "
-            "Lower the learning rate, or look at the rewards of the last draws"
-        )
-    rate = optimizer.param_groups[0]["lr"]
-    optimizer.step()
-    if scheduler is not None:
-        scheduler.step()
-    return {"grad_norm": norm.item(), "learning_rate": rate}
 
 
 def with_log_pi(fresh: Pool, pool: Pool, passed: Passed) -> Pool:

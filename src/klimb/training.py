@@ -12,15 +12,16 @@ import torch
 
 from klimb import store
 from klimb.checkpoint import Moving, restore, saved
+from klimb.choice import chosen
 from klimb.config import Config
 from klimb.data import Example, Pool
+from klimb.learn import Recipe
 from klimb.loaded import Loaded, generator_for
 from klimb.measure import certify
+from klimb.models.critic import Critic
 from klimb.models.families import save_policy
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
-from klimb.objectives.forward_kl import forward_kl
-from klimb.objectives.log_variance import log_variance
-from klimb.objectives.reverse_kl import reverse_kl
+from klimb.numbers.tilt import log_partition
 from klimb.plan import draw_pool
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
@@ -30,8 +31,6 @@ from klimb.watch import Watch
 
 PATIENCE = 5
 """steps after which a reward that never changed is called useless"""
-
-OBJECTIVES = {"log_variance": log_variance, "reverse_kl": reverse_kl, "forward_kl": forward_kl}
 
 
 def trained(
@@ -54,13 +53,24 @@ def trained(
     moving = _moving(loaded)
     state, examples = _first(loaded, pool)
     state = _taken_up(path, state, moving, resume, watch)
-    clip = {} if config.clip is None else {"clip": config.clip}
+    choice = chosen(config)
     steps = train(
         examples,
         loaded.policy,
         target,
         loaded.sampler,
-        partial(OBJECTIVES[config.method], **clip),
+        Recipe(
+            choice.objective,
+            choice.derived,
+            in_nats=choice.in_nats,
+            num_iterations=config.num_iterations,
+            num_minibatches=config.num_minibatches,
+            kl_stop=config.kl_stop,
+            max_grad_norm=config.max_grad_norm,
+            critic=moving.critic,
+            critic_optimizer=moving.critic_optimizer,
+            value_clip=config.value_clip,
+        ),
         moving.optimizer,
         max_steps=config.max_steps,
         prompts_per_step=config.prompts_per_step,
@@ -68,7 +78,7 @@ def trained(
         num_replay=config.num_replay,
         replay_steps=config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
-        max_grad_norm=config.max_grad_norm,
+        log_z=_log_z(pool, beta) if choice.needs_log_z else None,
         scheduler=moving.scheduler,
         state=state,
         generator=moving.generator,
@@ -119,22 +129,28 @@ def _moving(loaded: Loaded) -> Moving:
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
+    critic, critic_optimizer = None, None
+    if chosen(config).has_critic:
+        critic = Critic(loaded.policy.model.config.get_text_config().hidden_size)
+        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.value_learning_rate)
     return Moving(
         parameters,
         optimizer,
         torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config=config)),
         generator_for(config.seed, "train"),
         [m.detach().clone() for m in masters(optimizer)] if config.ema_decay else [],
+        critic,
+        critic_optimizer,
     )
 
 
 def _first(loaded: Loaded, pool: Pool | None) -> tuple[TrainState, list[Example]]:
     """The state before the first step, with the plan's pool as the first replay, and the prompts to train on."""
     config, examples = loaded.config, list(loaded.train_examples)
-    if pool is None or not (config.num_replay > 0 or config.replay_steps > 0):
+    if pool is None or not (config.num_replay > 0 or config.replay_steps > 0 or config.needs_log_z):
         return TrainState(), examples
     replay = Replay(limit=max(Replay().limit, pool.draws.num_draws)).extended(pool)
-    kept = {example.id for example in pool.draws.examples}  # only of these something is kept
+    kept = {example.id for example in pool.draws.examples}  # only of these something is known
     return TrainState(replay=replay), [example for example in examples if example.id in kept]
 
 
@@ -149,6 +165,13 @@ def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch
         store.truncate_jsonl(path / "metrics.jsonl", state.step)
     store.remove_draws_after(path, "train", state.step)
     return state
+
+
+def _log_z(pool: Pool | None, beta: float) -> dict[str, float]:
+    """Log Z of each of the plan's prompts, nats, from its reference draws."""
+    assert pool is not None
+    found = log_partition(pool.reward, beta).tolist()
+    return {example.id: x for example, x in zip(pool.draws.examples, found, strict=True)}
 
 
 def _check_useful(step: Step, rewards: set[float]) -> None:

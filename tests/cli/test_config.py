@@ -21,7 +21,7 @@ TYPED = {  # what was typed, what is said of it
     "--max_steps 1.5": "command line: max_steps: got '1.5', expected a whole number",
     "--max_steps -1": "command line: max_steps: got '-1', expected a number greater than or equal to 0",
     "--keep_fresh maybe": "command line: keep_fresh: got 'maybe', expected true or false",
-    "--method ppo": "command line: method: got 'ppo', expected 'log_variance', 'reverse_kl' or 'forward_kl'",
+    "--method grpoo": "command line: method: got 'grpoo': no such method (did you mean 'grpo'?); klimb methods lists them",
     "--family.kind prefix": "command line: family.kind: got 'prefix', expected one of 'lora', 'full'",
     "--family full": "command line: family: got 'full', expected fields of it, such as family.kind or family.r",
     "--beta -1": "command line: beta: got '-1', expected a positive number, in units of reward per nat",

@@ -265,3 +265,42 @@ def test_ctrl_c_in_the_last_step_of_a_climb_says_how_to_go_on(klimb, config, tmp
     assert status == 130
     assert f"klimb climb --resume {tmp_path / 'run'}" in err
     assert not (tmp_path / "run/measure.json").exists()
+
+
+@pytest.fixture(scope="module")
+def ppo(make_run, options, tmp_path_factory):
+    """Several updates a batch, minibatches in an order of their own, and a critic."""
+    changes = {
+        "method": "ppo",
+        "num_replay": 0,
+        "replay_steps": 0,
+        "num_iterations": 2,
+        "num_minibatches": 2,
+        "gae_lambda": 0.9,
+        "value_learning_rate": 0.1,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    return load(None, options({**make_run(tmp_path_factory.mktemp("ppo")), **changes}))
+
+
+@pytest.mark.parametrize("forgets", [None, "critic.", "critic_optimizer."])
+def test_ppo_resumes_with_its_critic(ppo, tmp_path, monkeypatch, forgets):
+    never = run_train(at(ppo, tmp_path / "never")).path
+    seen = []
+    watch = Watch(
+        event=lambda kind, record: seen.append(kind) if kind == "step" else None, stop=lambda: len(seen) == 2
+    )
+    stopped = run_train(at(ppo, tmp_path / "run"), watch=watch)
+    assert (stopped.step, stopped.interrupted) == (2, True)
+    real = edge.store.load_latest_checkpoint
+    if forgets:
+        monkeypatch.setattr(
+            edge.store,
+            "load_latest_checkpoint",
+            lambda folder: replace(real(folder), tensors=scaled(real(folder), forgets)),
+        )
+    run_train(at(ppo, tmp_path / "run"), resume=True)
+    same = steps_of(tmp_path / "run") == steps_of(never)
+    assert same == (forgets is None)
+    assert all("value_loss" in record and record["updates"] == 4 for record in steps_of(never))

@@ -202,7 +202,7 @@ LOADING = {  # spec (folder filled in), what the message must say
     "syntax error": ("{0}/broken.py:reward", r"broken.py: importing it failed: SyntaxError: "),
     "import error": ("{0}/needy.py:reward", r"importing it failed: ModuleNotFoundError: No module named 'not_there'.*needy.py:2"),
     "missing module": ("no_such_package.x:reward", r"importing this module failed: ModuleNotFoundError"),
-    "half a spec": (":reward", r"expected file.py:function, package.module:function, or a model"),
+    "half a spec": (":reward", r"expected file.py:function or package.module:function"),
     "no such model": ("{0}/nothing", r"reward model .*nothing: cannot be loaded"),
 }  # fmt: skip
 

@@ -114,6 +114,13 @@ def tokenizer():
     return spell(LETTERS)
 
 
+@pytest.fixture
+def seven_tokens():
+    """A fresh Llama and its tokenizer whose vocabulary is so small that every completion can be listed."""
+    tokenizer = spell("ab")
+    return build_model("llama_tied", vocabulary=len(tokenizer), ends=[0]), tokenizer
+
+
 @pytest.fixture(scope="session")
 def build(tokenizer):
     """build(name, dtype=...) -> a fresh model of that architecture."""

@@ -10,10 +10,11 @@ from functools import partial
 import pytest
 import torch
 
-from klimb.backward import backward
+from klimb.backward import backward, known_numbers
 from klimb.data import Pool
 from klimb.models.families import full, lora
 from klimb.objectives import log_variance, reverse_kl
+from klimb.objectives.surrogate import dapo, grpo, ppo
 from klimb.target import tilt
 
 SCALE = 0.3
@@ -86,7 +87,7 @@ def test_chunks_change_no_gradient(build, tokenizer, plain, pool, objective, fam
     expected, value, log_pi = plain_gradient(policy, pool, target, objective, plain)
     for how, max_chunk_tokens in CHUNKS.items():
         cut = replace(policy, max_chunk_tokens=max_chunk_tokens)
-        passed = backward(cut, pool, target, objective, scale=SCALE)
+        passed = backward(cut, pool.draws, known_numbers(pool, target), objective, scale=SCALE)
         assert relative(taken(cut), expected) < tolerance, how
         scale = 1e5 * tolerance  # values are sums of squares of some hundred nats
         assert torch.allclose(passed.value.double(), value.double(), rtol=10 * tolerance, atol=scale), how
@@ -96,6 +97,33 @@ def test_chunks_change_no_gradient(build, tokenizer, plain, pool, objective, fam
         assert torch.allclose(passed.token_log_pi, tokens, atol=scale), how
         assert torch.allclose(passed.log_pi, pool.draws.sequence_sums(tokens), atol=scale), how
         assert not torch.allclose(passed.token_log_pi, tokens.flip(0), atol=scale)
+
+
+@pytest.mark.parametrize("objective", [grpo, dapo, ppo])
+def test_chunks_change_no_gradient_of_token_level_objectives(build, tokenizer, pool, objective):
+    """The whole batch in one chunk is the measure; that one chunk is right, the test above shows."""
+    policy, reference = lora(build("gpt2", dtype=torch.float64), tokenizer)
+    policy = moved(policy)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        old = policy.log_prob(pool.draws)
+    old = old + 0.1 * torch.randn(old.shape, generator=generator, dtype=torch.float64)
+    known = known_numbers(pool, tilt(reference, None, 0.5)) | {
+        "token_log_old": old,
+        "token_log_ref": old + 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64),
+        "advantage": torch.randn(pool.reward.shape, generator=generator, dtype=torch.float64),
+        "token_advantage": torch.randn(old.shape, generator=generator, dtype=torch.float64),
+    }
+    backward(replace(policy, max_chunk_tokens=100_000), pool.draws, known, objective, scale=SCALE)
+    expected = taken(policy)
+    for how, max_chunk_tokens in CHUNKS.items():
+        cut = replace(policy, max_chunk_tokens=max_chunk_tokens)
+        backward(cut, pool.draws, known, objective, scale=SCALE)
+        assert relative(taken(cut), expected) < 1e-12, how
+    mixed_up = known | {name: x.flip(0) for name, x in known.items() if name.startswith("token_adv")}
+    mixed_up |= {"advantage": known["advantage"].flip(0)}
+    backward(policy, pool.draws, mixed_up, objective, scale=SCALE)
+    assert relative(taken(policy), expected) > 0.1
 
 
 def test_the_mutant_that_lets_each_piece_have_its_own_mean_is_noticed(build, tokenizer, plain, pool):
@@ -108,14 +136,14 @@ def test_the_mutant_that_lets_each_piece_have_its_own_mean_is_noticed(build, tok
     def halves(log_pi, log_target):
         return sum(log_variance(log_pi[:, k : k + 2], log_target[:, k : k + 2]) for k in (0, 2)) / 2
 
-    backward(policy, pool, target, halves, scale=SCALE)
+    backward(policy, pool.draws, known_numbers(pool, target), halves, scale=SCALE)
     assert relative(taken(policy), expected) > 0.1
 
 
 def test_gradients_are_added_to_what_is_there(build, tokenizer, pool):
     policy, reference = lora(build("gpt2", dtype=torch.float64), tokenizer)
     target = tilt(reference, None, 0.5)
-    backward(policy, pool, target, log_variance, scale=SCALE)
+    backward(policy, pool.draws, known_numbers(pool, target), log_variance, scale=SCALE)
     once = [p.grad.clone() for p in policy.trainable]
-    backward(policy, pool, target, log_variance, scale=SCALE)
+    backward(policy, pool.draws, known_numbers(pool, target), log_variance, scale=SCALE)
     assert relative([p.grad for p in policy.trainable], [2 * g for g in once]) < 1e-12

@@ -103,10 +103,15 @@ class CausalPolicy:
 
         Not the same as the log-probability under a sampler's temperature or top-p: this is always the policy's own.
         """
+        return self.log_prob_and_hidden(draws)[0]
+
+    def log_prob_and_hidden(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """`log_prob` [N] and the `hidden` states [N, D] it was taken from, on the CPU."""
         if not draws.examples:
-            return torch.zeros(0)
+            return torch.zeros(0), torch.zeros(0, 0)
         tokens = torch.cat([ids for group in draws.completions for ids in group]).to(self.device)
-        return token_log_prob(self.hidden(draws), self.head, tokens).to("cpu")
+        hidden = self.hidden(draws)
+        return token_log_prob(hidden, self.head, tokens).to("cpu"), hidden.to("cpu")
 
     def _hidden(self, draws: Draws) -> Tensor:
         first, cache, mask, position = self.read_prompts(draws.examples, draws.num_draws)

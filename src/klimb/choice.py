@@ -1,0 +1,140 @@
+"""From the configuration's method to the objective that is trained, and what it needs around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import Tensor
+
+from klimb.config import Config
+from klimb.methods import METHODS, Method
+from klimb.numbers.advantages import gae_advantage
+from klimb.objectives.clip import clipped
+from klimb.objectives.f_divergence import f_divergence
+from klimb.objectives.generators import divergence
+
+Numbers = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a training step asks of a method.
+
+    Attributes:
+        objective: numbers -> [P], its options set.
+        derived: numbers made once for a batch of draws, before it is learned from.
+        in_nats: True if the objective is in nats, and is multiplied by beta to be in units of reward.
+        needs_log_z: True if it cannot do without log Z of each prompt, which the plan's pool gives.
+        has_critic: True if a critic learns the returns among the derived numbers.
+        fresh_only: True if kept draws are of no use to it: its advantages hold for the policy that drew.
+    """
+
+    objective: Numbers
+    derived: Mapping[str, Numbers]
+    in_nats: bool
+    needs_log_z: bool
+    has_critic: bool
+    fresh_only: bool
+
+
+def chosen(config: Config) -> Choice:
+    """The objective that `config.method` names, with its options.
+
+    Raises:
+        ValueError: an option that this method does not have, or replay for one that cannot use it.
+
+    Example:
+        >>> from klimb.config import load
+        >>> words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--method", "grpo"]
+        >>> chosen(load(None, words)).fresh_only
+        True
+    """
+    row: Method = METHODS[config.method]
+    assert row.objective is not None, config.method
+    options = signature(row.objective).parameters
+    fresh_only = row.unit == "reward"
+    objective = row.objective
+    if config.clip is not None:
+        if fresh_only or "clip" not in options:
+            raise ValueError(
+                f"clip bounds a residual, and {config.method} has none; leave clip out, or use a method such as "
+                "log_variance"
+            )
+        objective = partial(objective, clip=config.clip)
+    bounds = {"low": config.epsilon, "high": config.epsilon_high or config.epsilon}
+    bounds = {name: x for name, x in bounds.items() if x is not None}
+    if bounds:
+        now: Any = options["clip"].default if "clip" in options else None
+        if not fresh_only or getattr(now, "func", now) is not clipped:
+            raise ValueError(
+                f"epsilon bounds the ratio to the policy that drew, and {config.method} does not clip it; leave epsilon "
+                "out, or use a method such as ppo or grpo"
+            )
+        objective = partial(objective, clip=partial(now, **bounds))
+    if fresh_only and (config.num_replay or config.replay_steps):
+        raise ValueError(
+            f"{config.method} learns from fresh draws alone, since its advantages hold for the policy that drew: got "
+            f"num_replay {config.num_replay} and replay_steps {config.replay_steps}, expected 0 of both; or use "
+            "log_variance, which learns from any draws"
+        )
+    if (
+        config.num_iterations > 1
+        and not fresh_only
+        and "log_q" not in options
+        and config.method != "log_variance"
+    ):
+        raise ValueError(
+            f"num_iterations {config.num_iterations}: {config.method} does not know how old its draws are; use 1, or "
+            "kept draws (num_replay)"
+        )
+    has_critic = "returns" in row.derived
+    touched = [
+        name
+        for name in ("gae_lambda", "value_learning_rate", "value_clip")
+        if getattr(config, name) != Config.model_fields[name].default
+    ]
+    if touched and not has_critic:
+        raise ValueError(
+            f"{', '.join(touched)}: {config.method} has no critic; leave it out, or use method ppo"
+        )
+    derived = dict(row.derived)
+    if has_critic:
+        derived["token_advantage"] = partial(gae_advantage, lam=config.gae_lambda)
+    return Choice(
+        objective=objective,
+        derived=derived,
+        in_nats=row.unit == "nats",
+        needs_log_z=needs_log_z(row),
+        has_critic=has_critic,
+        fresh_only=fresh_only,
+    )
+
+
+def needs_log_z(row: Method) -> bool:
+    """True if the objective has log_z among the numbers it cannot do without.
+
+    Example:
+        >>> [name for name in ("log_variance", "jensen_shannon") if needs_log_z(METHODS[name])]
+        ['jensen_shannon']
+    """
+    if row.objective is None:
+        return False
+    found = signature(row.objective).parameters.get("log_z")
+    return found is not None and found.default is Parameter.empty
+
+
+def takes_forbidden(method: str) -> bool:
+    """True if the method can learn where some completions are forbidden (reward -inf).
+
+    Example:
+        >>> takes_forbidden("forward_kl"), takes_forbidden("jensen_shannon"), takes_forbidden("log_variance")
+        (True, True, False)
+    """
+    objective = METHODS[method].objective
+    if isinstance(objective, partial) and objective.func is f_divergence:
+        return divergence(objective.keywords["f"]).takes_forbidden
+    return method in ("forward_kl", "dpg", "raft", "filtered")

@@ -1,0 +1,231 @@
+"""A tiny random Llama whose every completion can be listed: each trained method brings it nearer to the target.
+
+Seven tokens, at most two of them: 43 completions a prompt, so the gap is summed and not estimated.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from klimb.choice import chosen, needs_log_z, takes_forbidden
+from klimb.config import NEED_LOG_Z, TRAINED, UNTRAINED, load
+from klimb.data import Draws, Example
+from klimb.exact import all_strings, kl, log_partition, normalise
+from klimb.learn import Recipe, learn
+from klimb.methods import METHODS
+from klimb.models.critic import Critic
+from klimb.models.families import lora
+from klimb.objectives import log_variance
+from klimb.samplers.ancestral import ancestral
+from klimb.target import tilt
+from klimb.train import train
+
+BETA = 0.3
+EXAMPLES = [Example("a"), Example("ba")]
+SPACE = all_strings(7, 2)
+
+
+def brevity(prompts, completions, **columns):
+    """One for each letter b, a little more for prompts that end in a."""
+    return [
+        min(c.count("b"), 2) / 2 + 0.2 * p.endswith("a") for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
+@pytest.fixture
+def policies(seven_tokens):
+    return lora(*seven_tokens, r=4, alpha=8)
+
+
+def listed(policy):
+    texts = [policy.decode(ids) for ids in SPACE.completions]
+    return Draws(
+        EXAMPLES,
+        [SPACE.completions] * len(EXAMPLES),
+        SPACE.finished.expand(len(EXAMPLES), -1),
+        texts=[texts] * len(EXAMPLES),
+        full_support=True,
+    )
+
+
+@torch.no_grad()
+def truth(policy, reference):
+    """log pi [P, Y], log_target [P, Y] of every completion."""
+    draws = listed(policy)
+    rewards = torch.tensor([brevity([e.prompt] * SPACE.size, draws.texts[0]) for e in EXAMPLES]).double()
+    log_pi, log_ref = (draws.sequence_sums(p.log_prob(draws)).double() for p in (policy, reference))
+    return log_pi, log_ref + rewards / BETA
+
+
+def gap(policy, reference):
+    log_pi, log_target = truth(policy, reference)
+    assert torch.allclose(log_pi.exp().sum(1), torch.ones(2, dtype=torch.float64), atol=1e-5)
+    return BETA * kl(log_pi, normalise(log_target)).mean().item()
+
+
+def climbed(policies, method, *, max_steps=12, lr=0.01, critic=None, **options):
+    policy, reference = policies
+    words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--method", method]
+    choice = chosen(load(None, [*words, "--num_replay", "0"]))
+    _, log_target = truth(policy, reference)
+    log_z = {e.id: z.item() for e, z in zip(EXAMPLES, log_partition(log_target), strict=True)}
+    steps = train(
+        EXAMPLES,
+        policy,
+        tilt(reference, brevity, BETA),
+        partial(ancestral, max_completion_length=2),
+        Recipe(choice.objective, choice.derived, in_nats=choice.in_nats, critic=critic, **options),
+        torch.optim.Adam(policy.trainable, lr=lr),
+        max_steps=max_steps,
+        prompts_per_step=2,
+        num_draws=16,
+        log_z=log_z if choice.needs_log_z else None,
+        generator=torch.Generator().manual_seed(1),
+    )
+    return list(steps)
+
+
+def mean_reward(policy, reference):
+    log_pi, log_target = truth(policy, reference)
+    log_ref, _ = truth(reference, reference)
+    return (log_pi.exp() * BETA * (log_target - log_ref)).sum(1).mean().item()
+
+
+ARRIVE = [n for n in TRAINED if METHODS[n].claim in ("gradient", "minimiser")] + ["pmd_mean", "reinforce_pp"]
+ELSEWHERE = [n for n in TRAINED if n not in ARRIVE]
+
+
+@pytest.mark.parametrize("method", ARRIVE)
+def test_it_lowers_the_exact_gap(policies, method):
+    before = gap(*policies)
+    climbed(policies, method)
+    assert before > 0.1
+    assert gap(*policies) < 0.6 * before
+
+
+@pytest.mark.parametrize("method", ELSEWHERE)
+def test_a_method_of_another_target_climbs_past_this_one(policies, method):
+    """Its reward rises as well; how far from the best policy at this beta it ends is what nobody tells it."""
+    gap_before, reward_before = gap(*policies), mean_reward(*policies)
+    climbed(policies, method)
+    assert mean_reward(*policies) > reward_before + 0.1
+    assert gap(*policies) > gap_before
+
+
+def test_learning_the_other_way_is_noticed(policies):
+    before = gap(*policies)
+    policy, reference = policies
+    steps = train(
+        EXAMPLES,
+        policy,
+        tilt(reference, brevity, BETA),
+        partial(ancestral, max_completion_length=2),
+        Recipe(lambda log_pi, log_target: -log_variance(log_pi, log_target)),
+        torch.optim.Adam(policy.trainable, lr=0.02),
+        max_steps=25,
+        prompts_per_step=2,
+        num_draws=16,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert len(list(steps)) == 25
+    assert gap(*policies) > before
+
+
+@pytest.mark.parametrize("method", ["ppo", "rloo", "reverse_kl"])
+def test_several_updates_a_batch_climb_faster(policies, method):
+    before = gap(*policies)
+    steps = climbed(policies, method, num_iterations=2, num_minibatches=2, max_steps=6)
+    assert gap(*policies) < 0.8 * before
+    assert all(step.numbers["updates"] == 4 for step in steps)
+    assert steps[-1].numbers["kl_from_old"] > 0
+
+
+def test_a_critic_learns_the_rewards_that_follow(policies):
+    critic = Critic(32)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.01)
+    before = gap(*policies)
+    steps = climbed(policies, "ppo", critic=critic, critic_optimizer=optimizer, num_iterations=2)
+    losses = [step.numbers["value_loss"] for step in steps]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert gap(*policies) < 0.6 * before
+
+
+def test_a_batch_is_left_when_the_policy_has_gone_too_far(policies):
+    steps = climbed(policies, "ppo", num_iterations=8, kl_stop=1e-4, max_steps=3)
+    assert all(1 <= step.numbers["updates"] < 8 for step in steps)
+
+
+def test_minibatches_of_one_iteration_see_every_prompt_once(policies):
+    """At a learning rate of zero nothing moves, so the parts must report what the whole does."""
+    whole, parts = (climbed(policies, "ppo", num_minibatches=n, max_steps=1, lr=0.0)[0] for n in (1, 2))
+    torch.testing.assert_close(parts.fresh.log_pi, whole.fresh.log_pi)
+    torch.testing.assert_close(parts.fresh.token_log_pi, whole.fresh.token_log_pi)
+    assert abs(parts.numbers["objective_value"] - whole.numbers["objective_value"]) < 1e-6
+
+
+def test_the_policys_own_draws_grow_old_within_a_batch(policies):
+    """Importance weights are 1 at the first update and not at the second."""
+    policy, _ = policies
+    weights = []
+
+    def objective(log_pi, log_q, log_target):
+        weights.append((log_pi - log_q).abs().max().item())
+        return log_variance(log_pi, log_target)
+
+    draws = ancestral(
+        policy, EXAMPLES, 8, generator=torch.Generator().manual_seed(2), max_completion_length=2
+    )
+    known = {
+        "log_q": draws.log_q,
+        "log_target": draws.log_q + torch.randn(2, 8, generator=torch.Generator().manual_seed(3)),
+        "beta": torch.tensor(1.0),
+    }
+    optimizer = torch.optim.Adam(policy.trainable, lr=0.05)
+    recipe = Recipe(objective, num_iterations=2)
+    learn(policy, draws, known, recipe, optimizer, num_fresh=8, generator=torch.Generator())
+    first, second = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+    assert max(first) == 0.0
+    assert min(second) > 1e-3
+
+
+def test_the_configuration_knows_the_table():
+    rows = {name for name, row in METHODS.items() if row.objective is not None}
+    assert set(TRAINED) | set(UNTRAINED) == set(METHODS)
+    assert set(TRAINED) <= rows
+    assert {name for name in TRAINED if needs_log_z(METHODS[name])} == set(NEED_LOG_Z)
+    assert takes_forbidden("forward_kl")
+    assert not takes_forbidden("reverse_kl")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "ppo", "num_replay": 4}, "learns from fresh draws alone"),
+        ({"method": "forward_kl", "clip": 3}, "has none"),
+        ({"method": "ppo", "num_replay": 0, "clip": 3}, "has none"),
+        ({"method": "log_variance", "epsilon": 0.2}, "does not clip it"),
+        ({"method": "cispo", "num_replay": 0, "epsilon": 0.2}, "does not clip it"),
+        ({"method": "pmd_mean", "num_replay": 0, "num_iterations": 2}, "does not know how old"),
+    ],
+)
+def test_options_that_a_method_does_not_have(options, said):
+    words = [f"--{name}={value}" for name, value in options.items()]
+    config = load(None, ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", *words])
+    with pytest.raises(ValueError, match=said):
+        chosen(config)
+
+
+def test_a_bound_on_the_ratio_reaches_the_objective():
+    words = [
+        "--dataset_name",
+        "a.jsonl",
+        "--reward_funcs",
+        "math:hypot",
+        "--method",
+        "grpo",
+        "--epsilon",
+        "0.1",
+    ]
+    clip = chosen(load(None, [*words, "--epsilon_high", "0.3"])).objective.keywords["clip"]
+    assert clip.keywords == {"low": 0.1, "high": 0.3}
