@@ -1,4 +1,4 @@
-"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods.
+"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, methods, derive, target, divergence.
 
 Nothing heavy is imported before a command needs it, so that `klimb --help` is there at once. Exit status: 0 done,
 2 the user can mend it (one message on stderr, no traceback unless KLIMB_DEBUG=1), 130 stopped by Ctrl-C.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from klimb import cli_derive, cli_methods
 
 if TYPE_CHECKING:
     from klimb.config import Config
@@ -39,8 +41,21 @@ Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout
 Policy = Annotated[Path | None, typer.Option(help="Folder of a trained policy; left out: RUN/policy.")]
 
 
-@app.command("plan", context_settings=FREE, epilog=HINT)
-def plan_(
+# written last first, because a decorator nearest to the function comes first in the list of commands
+@app.command("climb", context_settings=FREE, epilog=HINT, help="Plan, train, measure and report in one go.")
+@app.command(
+    "train",
+    context_settings=FREE,
+    epilog=HINT,
+    help="Train a policy towards the target (--plan RUN takes an earlier plan's pool).",
+)
+@app.command(
+    "plan",
+    context_settings=FREE,
+    epilog=HINT,
+    help="Predict the best policy for every beta, from draws of the reference.",
+)
+def plan_train_climb_(
     ctx: typer.Context,
     config: ConfigFile = None,
     resume: Resume = None,
@@ -48,34 +63,42 @@ def plan_(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Predict the best policy for every beta, from draws of the reference."""
-    _verb("run_plan", ctx.args, config, resume, dry_run, quiet, json_)
+    """One command under three names: they take the same options and differ in which function of `klimb.run` they call."""
+    name = ctx.command.name
+    assert name is not None
+    settings = _settings(ctx.args, config, resume)
+    if dry_run:
+        return _print_config(settings)
+    from klimb import screen
 
+    stopped: str | None = None
+    _quieten()
+    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
+        from klimb import run
 
-@app.command("train", context_settings=FREE, epilog=HINT)
-def train_(
-    ctx: typer.Context,
-    config: ConfigFile = None,
-    resume: Resume = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    json_: Json = False,
-) -> None:
-    """Train a policy towards the target (--plan RUN takes an earlier plan's pool)."""
-    _verb("run_train", ctx.args, config, resume, dry_run, quiet, json_)
-
-
-@app.command("climb", context_settings=FREE, epilog=HINT)
-def climb_(
-    ctx: typer.Context,
-    config: ConfigFile = None,
-    resume: Resume = None,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    json_: Json = False,
-) -> None:
-    """Plan, train, measure and report in one go."""
-    _verb("climb", ctx.args, config, resume, dry_run, quiet, json_)
+        verb = {"plan": run.run_plan, "train": run.run_train, "climb": run.climb}[name]
+        try:
+            outcome = verb(settings, resume=resume is not None, watch=watch)
+        except KeyboardInterrupt:
+            stopped = settings.output_dir
+    if stopped is None and outcome.interrupted:
+        stopped = str(outcome.path)
+    if stopped is not None:
+        began = (Path(stopped) / "config.yaml").is_file()
+        print(
+            f"klimb: stopped; go on with: klimb {name} --resume {stopped}" if began else "klimb: stopped",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130)
+    record = {
+        "run": str(outcome.path),
+        "beta": outcome.beta,
+        "step": outcome.step,
+        "plan": outcome.plan,
+        "measure": outcome.measurement,
+        "report": None if outcome.report is None else str(outcome.report),
+    }
+    _result(record, json_, lambda: screen.outcome(record))
 
 
 @app.command("measure", context_settings=FREE, epilog=HINT)
@@ -173,12 +196,8 @@ def env_() -> None:
     print(json.dumps(environment(), indent=2))
 
 
-@app.command("methods")
-def methods_() -> None:
-    """Print the table of methods: what each knows, claims, and where the claim ends."""
-    from klimb import screen
-
-    screen.methods(_console(False))
+cli_methods.register(app)
+cli_derive.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,50 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("klimb: stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _verb(
-    name: str,
-    arguments: Sequence[str],
-    config: Path | None,
-    resume: Path | None,
-    dry_run: bool,
-    quiet: bool,
-    json_: bool,
-) -> None:
-    settings = _settings(arguments, config, resume)
-    if dry_run:
-        return _print_config(settings)
-    from klimb import screen
-
-    stopped: str | None = None
-    _quieten()
-    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb import run
-
-        try:
-            outcome = getattr(run, name)(settings, resume=resume is not None, watch=watch)
-        except KeyboardInterrupt:
-            stopped = settings.output_dir
-    if stopped is None and outcome.interrupted:
-        stopped = str(outcome.path)
-    if stopped is not None:
-        command = {"run_plan": "plan", "run_train": "train"}.get(name, name)
-        began = (Path(stopped) / "config.yaml").is_file()
-        print(
-            f"klimb: stopped; go on with: klimb {command} --resume {stopped}" if began else "klimb: stopped",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130)
-    record = {
-        "run": str(outcome.path),
-        "beta": outcome.beta,
-        "step": outcome.step,
-        "plan": outcome.plan,
-        "measure": outcome.measurement,
-        "report": None if outcome.report is None else str(outcome.report),
-    }
-    _result(record, json_, lambda: screen.outcome(record))
 
 
 def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None) -> Config:

@@ -6,14 +6,24 @@ completions each: nothing is divided by anything. Python users do not need any o
 
 from __future__ import annotations
 
-import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from klimb.nearest import nearest, nearest_file
 
 DESTINATIONS = ("beta", "kl_budget", "reward_goal")
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -22,6 +32,8 @@ Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""a path that no shell has read: ~ is the home folder"""
 
 
 class Lora(BaseModel):
@@ -38,7 +50,7 @@ class Lora(BaseModel):
     """which linear layers; "all-linear" is all but the head"""
     layers: Count | None = None
     """adapt only the last so many layers; left out: all"""
-    start: str | None = None
+    start: Place | None = None
     """folder of an adapter to go on from; frozen, it is the reference"""
 
 
@@ -78,6 +90,8 @@ class Config(BaseModel):
     """prompts to measure on; null: the training prompts"""
     prompt_column: str = "prompt"
     """text, or a list of chat messages"""
+    max_prompts: Count | None = None
+    """plan and train on at most this many prompts, from the start; left out: all"""
 
     reward_funcs: Annotated[list[str], Field(min_length=1)]
     """file.py:function, package.module:function, or a sequence-classification model; one or several"""
@@ -91,12 +105,10 @@ class Config(BaseModel):
     reward_goal: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """mean reward the best policy shall have; the plan finds its beta"""
 
-    plan: str | None = None
+    plan: Place | None = None
     """an earlier run, or its draws/plan.parquet, whose pool is used instead of a new one"""
     num_plan_draws: Annotated[int, Field(ge=2)] = 40
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
-    plan_prompts: Count | None = None
-    """at most this many training prompts; left out: all"""
 
     method: Literal["log_variance", "reverse_kl", "forward_kl"] = "log_variance"
     """the objective"""
@@ -131,7 +143,7 @@ class Config(BaseModel):
     """of AdamW"""
     max_grad_norm: Positive = 1.0
     """larger gradients are scaled down to this norm"""
-    average_weights: Share = 0.0
+    ema_decay: Share = 0.0
     """decay of a moving average of the weights, which is then what is measured and saved; 0: none"""
 
     eval_steps: Count | None = None
@@ -145,7 +157,7 @@ class Config(BaseModel):
     measure_draws: Annotated[int, Field(ge=2)] = 32
     """draws a prompt of it, of policy and reference each"""
 
-    output_dir: str = "runs/klimb"
+    output_dir: Place = "runs/klimb"
     """where everything is written"""
     save_steps: Count = 10
     """steps between checkpoints"""
@@ -199,7 +211,7 @@ class Config(BaseModel):
         if len(given) > 1:
             raise ValueError(
                 f"got {' and '.join(f'{name} {getattr(self, name):g}' for name in given)}, expected one of "
-                f"{', '.join(DESTINATIONS)}; switch the others off with null (--{given[0]} null)"
+                f"{', '.join(DESTINATIONS)}; switch the others off ({' or '.join(f'--{name} null' for name in given)})"
             )
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
@@ -208,7 +220,9 @@ class Config(BaseModel):
             )
         if self.num_generations == 0 and self.replay_steps < self.max_steps:
             raise ValueError(
-                "num_generations 0 leaves nothing to draw after replay_steps; use num_generations 2 or more"
+                f"num_generations 0 leaves nothing to learn from after {self.replay_steps} replay_steps of "
+                f"{self.max_steps} max_steps; use num_generations 2 or more, or as many "
+                "replay_steps as max_steps"
             )
         replayed = self.num_replay + (self.num_generations if self.replay_steps else 0)
         if replayed > self.num_plan_draws:
@@ -254,12 +268,13 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         >>> load(None, ["--learning_rat", "1"])
         Traceback (most recent call last):
         ...
-        ValueError: command line: no option --learning_rat (did you mean --learning_rate?)
+        ValueError: command line: no option --learning_rat (did you mean '--learning_rate'?); klimb schema lists them
     """
     base = {} if path is None else read_yaml(Path(path))
     arguments = [_underscored(argument) for argument in overrides]
     _check_names(arguments)
-    config = _validated(base, arguments, where="command line" if path is None else str(path))
+    where = " and ".join([*([] if path is None else [str(path)]), *(["command line"] if overrides else [])])
+    config = _validated(base, arguments, where=where or "command line")
     return config if path is None else _found(config, Path(path).parent)
 
 
@@ -267,13 +282,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, without the rights to build anything but plain values.
 
     Raises:
-        ValueError: no such file, not YAML (by line), not a mapping, a key that does not exist.
+        ValueError: no such file, not YAML (by line), nothing in it or no mapping, a key that does not exist.
     """
-    if not path.is_file():
-        near = (
-            _nearest(path.name, [p.name for p in path.parent.iterdir()], "") if path.parent.is_dir() else ""
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: got a folder, expected a YAML file, such as a run's {path / 'config.yaml'}"
         )
-        raise ValueError(f"{path}: no such file{near}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file{nearest_file(path)}")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -282,11 +298,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(found, dict):
         raise ValueError(
-            f"{path}: got {type(found).__name__}, expected lines such as `dataset_name: a.jsonl`"
+            f"{path}: got {'an empty file' if found is None else type(found).__name__}, expected lines such as "
+            "`dataset_name: a.jsonl`"
         )
     for name in _names_in(found):
         if name not in NAMES:
-            raise ValueError(f"{path}: no key {name!r}{_nearest(name, NAMES, '')}; klimb schema lists them")
+            raise ValueError(f"{path}: no key {name!r}{nearest(name, NAMES)}; klimb schema lists them")
     return found
 
 
@@ -319,21 +336,17 @@ def _underscored(argument: str) -> str:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    previous_is_name = False
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, _ = argument[2:].partition("=")
-            if name not in NAMES:
-                raise ValueError(f"command line: no option --{name}{_nearest(name, NAMES, '--')}")
-            previous_is_name = not equals
-        elif previous_is_name:
-            previous_is_name = False
-        else:
-            raise ValueError(
-                f"command line: got {argument!r}, expected an option such as --learning_rate 1e-3"
-            )
-    if previous_is_name:
-        raise ValueError(f"command line: {arguments[-1]} has no value")
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"command line: got {word!r}, expected an option such as --learning_rate 1e-3")
+        name, equals, _ = word[2:].partition("=")
+        if name not in NAMES:
+            near = nearest(name, NAMES, prefix="--")
+            raise ValueError(f"command line: no option --{name}{near}; klimb schema lists them")
+        value = "" if equals else next(words, None)
+        if value is None or value.startswith("--"):
+            raise ValueError(f"command line: {word} has no value; expected {word} VALUE")
 
 
 def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str) -> Config:
@@ -366,15 +379,30 @@ def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _explained(details: Mapping[str, Any]) -> str:
+    """A complaint of pydantic's in our words: the option, what was got, what is expected."""
     name = ".".join(str(part) for part in details["loc"] if part not in ("lora", "full"))
-    if details["type"] == "missing":
+    kind, got, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "missing":
         return f"{name} is missing; give it in the file or as --{name}"
-    if details["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         if name in NAMES:
-            return f"{name} does not go with family.kind {details['loc'][1]}"
-        return f"no key {name!r}{_nearest(name, NAMES, '')}"
-    message = details["msg"].removeprefix("Value error, ")
-    return f"{name}: got {details['input']!r}: {message}" if name else message
+            return (
+                f"{name} does not go with family.kind {details['loc'][1]}; leave it out, or change the kind"
+            )
+        return f"no key {name!r}{nearest(name, NAMES)}; klimb schema lists them"
+    if kind == "union_tag_invalid":
+        return f"{name}.kind: got {context['tag']!r}, expected one of {context['expected_tags']}"
+    if kind == "model_attributes_type":
+        return f"{name}: got {got!r}, expected fields of it, such as {name}.kind or {name}.r"
+    if kind == "too_short":
+        return f"{name}: got {got!r}, expected at least {context['min_length']}"
+    said = details["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    number = "a number " if kind.startswith(("greater", "less")) else ""
+    said = said.replace("Input should be ", f"expected {number}").replace("a valid integer", "a whole number")
+    said = said.replace("a valid boolean", "true or false").replace("a valid ", "a ")
+    if not name:
+        return said
+    return f"{name}: got {got!r}{',' if said.startswith('expected') else ':'} {said}"
 
 
 def _found(config: Config, folder: Path) -> Config:
@@ -393,8 +421,3 @@ def _found(config: Config, folder: Path) -> Config:
             **({} if config.plan is None else {"plan": beside(config.plan)}),
         }
     )
-
-
-def _nearest(name: str, names: Iterable[str], dashes: str) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {dashes}{near[0]}?)" if near else ""

@@ -222,15 +222,25 @@ def join(parts: Sequence[Draws]) -> Draws:
     return replace(merged, examples=parts[0].examples)
 
 
+def joint_support(supports: Iterable[bool | None]) -> bool | None:
+    """Of draws put together: False if one law cannot draw every completion, else None if one is unknown, else True.
+
+    Example:
+        >>> joint_support([True, None]), joint_support([True, None, False])
+        (None, False)
+    """
+    known = set(supports)
+    return False if False in known else (None if None in known else True)
+
+
 def _merge(parts: Sequence[Draws], combine: Callable, *, dim: int) -> Draws:
-    supports = {part.full_support for part in parts}
     return Draws(
         examples=[e for part in parts for e in part.examples],
         completions=combine([part.completions for part in parts]),
         finished=torch.cat([part.finished for part in parts], dim),
         texts=None if any(p.texts is None for p in parts) else combine([p.texts for p in parts]),
         log_q=_cat([part.log_q for part in parts], dim),
-        full_support=False if False in supports else (None if None in supports else True),
+        full_support=joint_support(part.full_support for part in parts),
         own_law=all(part.own_law for part in parts),
     )
 

@@ -8,13 +8,14 @@ loaded.
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from klimb.data import Example
+from klimb.nearest import nearest, nearest_file
 
 Row = tuple[str, dict[str, object]]  # where it stands ("prompts.jsonl, line 3") and its columns
 
@@ -34,7 +35,7 @@ def load_examples(
     a configuration after a colon ("openai/gsm8k:main"), and without `split` its "train".
 
     Args:
-        path_or_id: a file, a folder of data files, or the id of a data set.
+        path_or_id: a file, a folder of data files, or the id of a data set; `~` is the home folder.
         split: which part to take; None takes all rows of a file.
         prompt_column: the column that holds the prompt.
         limit: at most this many examples, from the start.
@@ -60,6 +61,7 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1, or none to take all")
+    path_or_id = os.path.expanduser(path_or_id)
     path = Path(path_or_id)
     read = READERS.get(path.suffix.lower())
     if read is None and path.is_file():
@@ -67,10 +69,10 @@ def load_examples(
             f"{path}: got a file ending in {path.suffix!r}, expected one of {', '.join(READERS)}"
         )
     if read is None:
-        rows = list(_from_datasets(str(path_or_id), split))
+        rows = list(_from_datasets(path_or_id, split))
     else:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file{_in_same_folder(path)}")
+            raise ValueError(f"{path}: no such file{nearest_file(path)}")
         rows = list(read(path))
     if not rows:
         raise ValueError(f"{path_or_id}: the data set is empty; expected at least one prompt")
@@ -79,7 +81,7 @@ def load_examples(
         rows = _only_split(rows, split, names, path)
     if prompt_column not in names:
         raise ValueError(
-            f"{path_or_id}: no column {prompt_column!r}{_nearest(prompt_column, names)}; "
+            f"{path_or_id}: no column {prompt_column!r}{nearest(prompt_column, names)}; "
             f"the columns there are {', '.join(names)}; name the right one with prompt_column"
         )
     others = [name for name in names if name != prompt_column]
@@ -130,13 +132,13 @@ def _only_split(rows: list[Row], split: str, names: list[str], path: Path) -> li
             return rows
         raise ValueError(
             f"{path}: no split {split!r}: the file has no column 'split', so all of it is 'train'; "
-            f"add the column, or leave split out"
+            "add the column, or take all of it (split None, in a configuration dataset_test_split: null)"
         )
     there = list(dict.fromkeys(str(row.get("split")) for _, row in rows))
     kept = [(where, row) for where, row in rows if row.get("split") == split]
     if not kept:
         raise ValueError(
-            f"{path}: no split {split!r}{_nearest(split, there)}; the ones there are {', '.join(there)}"
+            f"{path}: no split {split!r}{nearest(split, there)}; the ones there are {', '.join(there)}"
         )
     return kept
 
@@ -193,7 +195,7 @@ def _from_datasets(name: str, split: str | None) -> Iterator[Row]:
         table = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # datasets, the hub and the network each raise classes of their own
         raise ValueError(
-            f"{name}: no file of this name{_in_same_folder(Path(name))}, and as a data set: "
+            f"{name}: no file of this name{nearest_file(Path(name))}, and as a data set: "
             f"{type(error).__name__}: {error}"
         ) from error
     for number, row in enumerate(table, start=1):
@@ -208,14 +210,3 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")  # with or without the mark that spreadsheets put first
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-
-
-def _in_same_folder(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": there is no folder {path.parent} either"
-    return _nearest(path.name, (p.name for p in path.parent.iterdir()))
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,15 +1,41 @@
 """The table of methods: target x divergence x draws, with what each claims and where the claim ends.
 
 `claim` says what a test of the row has to show. "gradient": its mean update is the divergence's gradient. "minimiser":
-its minimum is the target. "law": its draws have the law named. A caveat is tested as well.
+its minimum is the target. "value": its minimum is another law, which is named. "law": its draws have the law named. A
+caveat is tested as well: by a case where a neighbour's belief fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
+
+from torch import Tensor
+
+from klimb.numbers.advantages import (
+    gae_advantage,
+    group_centred,
+    group_standardized,
+    leave_one_out_advantage,
+    returns,
+    reward_less_kl,
+    token_reward,
+    whitened_reward_to_go,
+)
+from klimb.objectives.bind import name_of
+from klimb.objectives.f_divergence import f_divergence
+from klimb.objectives.forward_kl import forward_kl
+from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sft
+from klimb.objectives.log_variance import log_variance
+from klimb.objectives.path_consistency import path_consistency
+from klimb.objectives.reverse_kl import reverse_kl
+from klimb.objectives.squared import length_normalised_balance, pmd_mean, trajectory_balance
+from klimb.objectives.surrogate import cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo
+
+Numbers = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,20 +45,35 @@ class Method:
     Attributes:
         knows: how the target is known.
         divergence: what is made small, and by which estimator.
-        objective: the function in `klimb.objectives`, or "" where nothing is trained.
         draws: whose draws it takes.
         claim: what its test shows.
+        fixed_point: the law at which it stops, where the family of policies is large enough.
         caveat: where the claim ends.
         source: authors, year.
+        objective: the function of numbers that is minimised; None where nothing is trained.
+        derived: further numbers the objective asks for (advantages), each a function of numbers, computed once for a
+            batch of draws, in order; one may take the name of a number it replaces.
+        unit: what the objective is in: "nats" (trained times beta), or "reward".
     """
 
     knows: str
     divergence: str
-    objective: str
     draws: str
     claim: Literal["gradient", "minimiser", "value", "law"]
+    fixed_point: str
     caveat: str
     source: str
+    objective: Numbers | None = None
+    derived: Mapping[str, Numbers] = field(default_factory=dict)
+    unit: Literal["nats", "reward"] = "nats"
+
+    def as_dict(self) -> dict[str, object]:
+        """The row as plain text, for JSON and for print."""
+        return {
+            **{name: x for name, x in vars(self).items() if isinstance(x, str)},
+            "objective": None if self.objective is None else name_of(self.objective),
+            "derived": ", ".join(f"{name} = {name_of(function)}" for name, function in self.derived.items()),
+        }
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -40,47 +81,339 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "log_variance": Method(
             knows="density",
             divergence="half variance of the residual",
-            objective="log_variance",
             draws="any of full support",
             claim="minimiser",
+            fixed_point="the target",
             caveat="the gradient is that of KL(pi||p) only for fresh draws of the policy",
             source="Richter et al., 2020",
+            objective=log_variance,
         ),
         "reverse_kl": Method(
             knows="density",
             divergence="KL(pi||p), score function, leave-one-out",
-            objective="reverse_kl",
             draws="the policy, or any known law that reaches what it reaches",
             claim="gradient",
+            fixed_point="the target",
             caveat="refuses forbidden completions (reward -inf)",
             source="Williams, 1992; Ahmadian et al., 2024",
+            objective=reverse_kl,
         ),
         "forward_kl": Method(
             knows="density",
             divergence="KL(p||pi), self-normalised weights",
-            objective="forward_kl",
             draws="any known law",
             claim="minimiser",
+            fixed_point="the target, as G grows",
             caveat="biased at finite G, towards the law that drew",
             source="Khalifa, Elsahar, Dymetman, 2021",
+            objective=forward_kl,
+        ),
+        "jensen_shannon": Method(
+            knows="density and log Z",
+            divergence="Jensen-Shannon, score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
+            source="Go et al., 2023",
+            objective=partial(f_divergence, f="jensen_shannon", baseline=None),
+        ),
+        "total_variation": Method(
+            knows="density and log Z",
+            divergence="total variation, score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="its gradient is a sign: noise does not fade at the target, and a wrong log Z moves where it stops",
+            source="Go et al., 2023",
+            objective=partial(f_divergence, f="total_variation", baseline=None),
+        ),
+        "chi2_reverse": Method(
+            knows="density and log Z",
+            divergence="chi-squared of pi from p, score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient; far draws overflow",
+            source="Go et al., 2023",
+            objective=partial(f_divergence, f="chi2_reverse", baseline=None),
+        ),
+        "chi2_forward": Method(
+            knows="density and log Z",
+            divergence="chi-squared of p from pi, score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient; explodes where the policy lacks what the target has",
+            source="Go et al., 2023",
+            objective=partial(f_divergence, f="chi2_forward", baseline=None),
+        ),
+        "squared_hellinger": Method(
+            knows="density and log Z",
+            divergence="squared Hellinger distance, score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient",
+            source="Go et al., 2023",
+            objective=partial(f_divergence, f="squared_hellinger", baseline=None),
+        ),
+        "alpha(0.5)": Method(
+            knows="density and log Z",
+            divergence="alpha divergence, any a but 0 and 1, score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient",
+            source="Go et al., 2023",
+            objective=partial(f_divergence, f="alpha(0.5)", baseline=None),
+        ),
+        "skew_kl(0.1)": Method(
+            knows="density and log Z",
+            divergence="KL(p||a p + (1 - a) pi), any a in (0, 1), score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
+            source="Lee, 2001; Ko et al., 2024",
+            objective=partial(f_divergence, f="skew_kl(0.1)", baseline=None),
+        ),
+        "generalized_js(0.1)": Method(
+            knows="density and log Z",
+            divergence="generalised Jensen-Shannon, any b in (0, 1), score function",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
+            source="Agarwal et al., 2024",
+            objective=partial(f_divergence, f="generalized_js(0.1)", baseline=None),
+        ),
+        "trajectory_balance": Method(
+            knows="density and log Z, known or learned",
+            divergence="half the squared residual less log Z",
+            draws="any of full support",
+            claim="minimiser",
+            fixed_point="the target",
+            caveat="off the policy a wrong fixed log Z moves the minimum: too high, and what is rarely drawn gets the surplus",
+            source="Malkin et al., 2022; Bartoldson et al., 2025",
+            objective=trajectory_balance,
+        ),
+        "a_star_po": Method(
+            knows="density and log Z = V* / beta from reference draws",
+            divergence="half the squared residual less log Z",
+            draws="the policy, one a prompt will do",
+            claim="minimiser",
+            fixed_point="the target",
+            caveat="only with V* at the same beta, or fresh draws: V* at another beta, off the policy, leads elsewhere",
+            source="Brantley et al., 2025",
+            objective=trajectory_balance,
+        ),
+        "pmd_mean": Method(
+            knows="density, mean reward for beta log Z",
+            divergence="half the squared residual less the mean reward / beta",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: beta log(pi/ref) + c pi/ref = r - mean r (Lambert W)",
+            caveat="not the target; the mean of G draws shrinks the reward by (G - 1) / G",
+            source="Kimi k1.5, 2025; Xu et al., 2026",
+            objective=pmd_mean,
+        ),
+        "flow_rl": Method(
+            knows="density by length, log Z learned",
+            divergence="half the squared residual a token",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: ref exp(length (r / beta - c))",
+            caveat="length normalisation changes the target; without it, trajectory_balance",
+            source="Zhu et al., 2025",
+            objective=length_normalised_balance,
+        ),
+        "path_consistency": Method(
+            knows="density and a learned soft value of each prefix",
+            divergence="half the squared inconsistency of every suffix",
+            draws="any of full support",
+            claim="minimiser",
+            fixed_point="the target, and the soft values",
+            caveat="values must be soft, log E exp and not E; long completions count more",
+            source="Nachum et al., 2017",
+            objective=path_consistency,
+        ),
+        "sft": Method(
+            knows="samples",
+            divergence="KL(p||pi), likelihood",
+            draws="a data set, or a sampler of the target",
+            claim="gradient",
+            fixed_point="the law of the draws",
+            caveat="on draws of the policy itself it learns nothing; on best-of-n draws it learns best-of-n",
+            source="Fisher, 1912",
+            objective=sft,
+        ),
+        "reward_weighted": Method(
+            knows="rewards",
+            divergence="KL of the tilted drawing law from pi, likelihood",
+            draws="the policy of the last round, or any",
+            claim="value",
+            fixed_point="the tilt of the law that drew, not of the reference",
+            caveat="k rounds on the policy lead to beta / k, past the target",
+            source="Peters, Schaal, 2007; Abdolmaleki et al., 2018",
+            objective=reward_weighted,
+        ),
+        "raft": Method(
+            knows="ranks",
+            divergence="likelihood of the best of each group",
+            draws="the policy of the last round, or the reference",
+            claim="value",
+            fixed_point="best of G of the law that drew",
+            caveat="follows ranks, not rewards; round after round it ends on one completion",
+            source="Dong et al., 2023",
+            objective=raft,
+        ),
+        "filtered": Method(
+            knows="which rewards pass a threshold",
+            divergence="likelihood of the draws that pass",
+            draws="the policy of the last round, or the reference",
+            claim="value",
+            fixed_point="the drawing law where the reward passes",
+            caveat="the target at no beta above zero; prompts of rare success count less",
+            source="Zelikman et al., 2022; Yuan et al., 2023",
+            objective=partial(filtered, threshold=0.5),
+        ),
+        "dpg": Method(
+            knows="density and log Z",
+            divergence="KL(p||pi), unnormalised weights with baseline",
+            draws="the policy, or any known law",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient; weights p / q have a heavy tail",
+            source="Parshakova et al., 2019; Korbak et al., 2022",
+            objective=dpg,
+        ),
+        "rloo": Method(
+            knows="density",
+            divergence="KL(pi||p) in the reward, leave-one-out, sequence ratio",
+            draws="the policy, some updates old",
+            claim="gradient",
+            fixed_point="the target",
+            caveat="stale draws need the whole ratio: no clip here, so few updates a batch",
+            source="Ahmadian et al., 2024",
+            objective=rloo,
+            derived={"reward": reward_less_kl, "advantage": leave_one_out_advantage},
+            unit="reward",
+        ),
+        "ppo": Method(
+            knows="density",
+            divergence="KL(pi||p) in the reward a token, critic, clipped ratio",
+            draws="the policy, some updates old",
+            claim="gradient",
+            fixed_point="the target, up to clip and critic",
+            caveat="after the first inner step it is proximal: a clipped draw says nothing more; lambda below 1 believes the critic; whitening few draws biases",
+            source="Schulman et al., 2017; Ziegler et al., 2019",
+            objective=ppo,
+            derived={"token_reward": token_reward, "token_advantage": gae_advantage, "returns": returns},
+            unit="reward",
+        ),
+        "grpo": Method(
+            knows="density, beta divided by the group's deviation",
+            divergence="reward by clipped ratio, k3 of each token as a loss, mean over tokens",
+            draws="the policy, some updates old",
+            claim="value",
+            fixed_point="another: a forward KL to the reference in place of the reverse, a beta a prompt",
+            caveat="three: the deviation rescales beta, k3 as a loss is the forward KL, the mean over tokens favours long failures",
+            source="Shao et al., 2024",
+            objective=grpo,
+            derived={"advantage": group_standardized},
+            unit="reward",
+        ),
+        "dr_grpo": Method(
+            knows="rewards",
+            divergence="reward by clipped ratio, sum over tokens",
+            draws="the policy, some updates old",
+            claim="value",
+            fixed_point="none inside: certainty of the best completion",
+            caveat="no price on KL, so no target; unbiased for the gradient of the reward up to (G - 1) / G",
+            source="Liu et al., 2025",
+            objective=dr_grpo,
+            derived={"advantage": group_centred},
+            unit="reward",
+        ),
+        "dapo": Method(
+            knows="rewards",
+            divergence="reward by clipped ratio, clip higher, mean over the group's tokens",
+            draws="the policy, some updates old",
+            claim="value",
+            fixed_point="none inside: certainty of the best completion",
+            caveat="no price on KL, so no target; dropping groups without spread changes which prompts count",
+            source="Yu et al., 2025",
+            objective=dapo,
+            derived={"advantage": group_standardized},
+            unit="reward",
+        ),
+        "gspo": Method(
+            knows="rewards",
+            divergence="reward by clipped geometric-mean ratio",
+            draws="the policy, some updates old",
+            claim="value",
+            fixed_point="none inside: certainty of the best completion",
+            caveat="no price on KL, so no target; the ratio is a token's on average, not the sequence's",
+            source="Zheng et al., 2025",
+            objective=gspo,
+            derived={"advantage": group_standardized},
+            unit="reward",
+        ),
+        "cispo": Method(
+            knows="rewards",
+            divergence="likelihood weighted by a capped, fixed ratio",
+            draws="the policy, some updates old",
+            claim="value",
+            fixed_point="none inside: certainty of the best completion",
+            caveat="no price on KL, so no target; the cap biases, and no token falls silent",
+            source="MiniMax, 2025",
+            objective=cispo,
+            derived={"advantage": group_standardized},
+            unit="reward",
+        ),
+        "reinforce_pp": Method(
+            knows="density",
+            divergence="KL(pi||p) in the reward a token, whitened over the batch",
+            draws="the policy, some updates old",
+            claim="value",
+            fixed_point="near the target",
+            caveat="whitening over few draws and the mean over tokens bias it; after the first inner step it is proximal: a clipped draw says nothing more",
+            source="Hu, 2025",
+            objective=reinforce_pp,
+            derived={"token_reward": token_reward, "token_advantage": whitened_reward_to_go},
+            unit="reward",
         ),
         "best_of": Method(
             knows="ranks",
             divergence="none",
-            objective="",
             draws="the reference",
             claim="law",
+            fixed_point="nothing is trained",
             caveat="the tilt of the reward's log quantile at 1/beta = n - 1, not of the reward",
             source="Beirami et al., 2025",
         ),
         "rejection": Method(
             knows="density and a bound of the reward",
             divergence="none",
-            objective="",
             draws="the reference",
             claim="law",
+            fixed_point="nothing is trained",
             caveat="a bound that a reward exceeds is an error; tries grow as exp(bound / beta) / Z",
             source="von Neumann, 1951",
         ),
+    }
+)
+
+NOT_PROVIDED: Mapping[str, str] = MappingProxyType(
+    {
+        "rebel": "is log_variance at two draws with the last round's policy as the moving reference",
+        "oapl": "is trajectory_balance with the last round's policy as the moving reference",
+        "mpo": "is reward_weighted on draws of the last round's policy",
+        "qrpo": "is trajectory_balance of the quantile reward with its exact log Z (quantile_log_partition)",
+        "best_of_n_distillation": "is sft on draws of the best_of sampler",
+        "rejection_fine_tuning": "is sft on draws of the rejection sampler, and keeps the target; raft does not",
+        "vmpo": "keeps the better half of a batch: ranks across prompts, which no tilt of a reward follows",
+        "k1_as_a_loss": "has an expected gradient of zero: it would train noise",
     }
 )

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -180,18 +179,6 @@ def samples(record: Mapping[str, Any], show: int) -> RenderableType:
     for row in record["samples"][::every][:show]:
         table.add_row(f"{row['reward']:.3f}", Text(row["prompt"]), Text(row["completion"]))
     return Group(table, Text(f"all of them: {record['path']}"))
-
-
-def methods(console: Console) -> None:
-    """Print `klimb.methods`."""
-    from klimb.methods import METHODS
-
-    for name, row in METHODS.items():
-        table = _grid()
-        for part in fields(row):
-            table.add_row(f"  {part.name}", Text(getattr(row, part.name) or "none"))
-        console.print(name, style="bold", soft_wrap=True)
-        console.print(table)
 
 
 def _planned(plan: Mapping[str, Any]) -> RenderableType:

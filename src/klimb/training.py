@@ -82,7 +82,7 @@ def trained(
         state = step.state
         if moving.average:
             moving.average[:] = moved_average(
-                moving.average, masters(moving.optimizer), decay=config.average_weights, step=step.step
+                moving.average, masters(moving.optimizer), decay=config.ema_decay, step=step.step
             )
         _check_useful(step, rewards)
         record = step_record(step)
@@ -124,7 +124,7 @@ def _moving(loaded: Loaded) -> Moving:
         optimizer,
         torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config=config)),
         generator_for(config.seed, "train"),
-        [m.detach().clone() for m in masters(optimizer)] if config.average_weights else [],
+        [m.detach().clone() for m in masters(optimizer)] if config.ema_decay else [],
     )
 
 

@@ -18,7 +18,7 @@ SOURCE = Path(klimb.__file__).parent
 FLOORS = [  # from the bottom
     {"numbers", "objectives"},
     {"exact"},
-    {"data"},
+    {"data", "nearest"},
     {"models", "samplers", "rewards", "target"},
     {"methods", "backward"},
     {"plan", "train", "measure", "sample", "climb"},
@@ -26,9 +26,9 @@ FLOORS = [  # from the bottom
     {"trackers", "records", "checkpoint", "watch"},
     {"loaded"},
     {"training", "planning"},
-    {"run"},
-    {"screen"},
-    {"cli", "__main__"},
+    {"run", "problems"},
+    {"screen", "screen_derive"},
+    {"cli", "cli_methods", "cli_derive", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

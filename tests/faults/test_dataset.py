@@ -116,6 +116,14 @@ def test_bad_data_is_refused(tmp_path, monkeypatch, case):
         load_examples(path, **options)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}')
+    assert [e.prompt for e in load_examples("~/p.jsonl")] == ["a"]
+    with pytest.raises(ValueError, match=rf"{tmp_path}/q.jsonl: no such file"):
+        load_examples(Path("~/q.jsonl"))
+
+
 def test_a_file_without_splits_is_all_train(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}')

@@ -11,7 +11,7 @@ CHAT = [{"role": "user", "content": "write a review"}]
 
 # name, options that change, what is done to the files of the test's folder, words that the message must hold
 CASES = [
-    ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean --learning_rate"]),
+    ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean '--learning_rate'"]),
     ("misspelt nested option", {"family.alfa": 1}, None, ["--family.alfa", "--family.alpha"]),
     ("not a number", {"learning_rate": "fast"}, None, ["learning_rate", "'fast'"]),
     ("two bad values", {"learning_rate": -1, "max_steps": "x"}, None, ["learning_rate", "max_steps"]),
@@ -25,12 +25,17 @@ CASES = [
         None,
         ["245 draws", "num_plan_draws is 16"],
     ),
-    ("goal out of reach", {"kl_budget": None, "reward_goal": 9}, None, ["goal=9", "reachable"]),
+    (
+        "goal out of reach",
+        {"kl_budget": None, "reward_goal": 9},
+        None,
+        ["reward_goal 9 is out of reach", "the reference"],
+    ),
     (
         "goal past the pool",
         {"kl_budget": None, "reward_goal": 0.9},
         None,
-        ["got 32 draws", "KL of", "needs about"],
+        ["reward_goal 0.9: got 32 draws", "KL of", "needs about"],
     ),
     ("one draw", {"num_generations": 1, "num_replay": 0}, None, ["num_generations 1", "at least 2"]),
     ("replay past the pool", {"num_replay": 33}, None, ["33", "num_plan_draws is 32"]),
@@ -122,7 +127,7 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
     file = tmp_path / "run.yaml"
     for text, words in [
         ("dataset_name: a\nreward_funcs: b: c\n", ["run.yaml, line 2", "not YAML"]),
-        ("dataset_nam: a\n", ["dataset_nam", "did you mean dataset_name"]),
+        ("dataset_nam: a\n", ["dataset_nam", "did you mean 'dataset_name'"]),
         ("family: {kind: lora, rank: 4}\n", ["family.rank", "family.r"]),
         (
             "family: {kind: full, r: 4}\ndataset_name: a\nreward_funcs: b:c\n",
@@ -134,7 +139,7 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
     ]:
         file.write_text(text)
         refused(klimb("climb", "-c", file), words)
-    refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean run.yaml"])
+    refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean 'run.yaml'"])
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +169,7 @@ def test_an_output_directory_that_holds_another_run(klimb, tiny_run, options, pl
         ({"max_completion_length": 7}, ["of another max_completion_length"]),
         ({"plan": "nowhere.parquet"}, ["nowhere.parquet", "no such file"]),
         ({"plan": "prompts.jsonl"}, ["prompts.jsonl", "Parquet"]),
-        ({"plan_prompts": 4}, ["other prompts"]),
+        ({"max_prompts": 4}, ["other prompts"]),
     ],
 )
 def test_a_pool_from_elsewhere_is_refused(

@@ -35,7 +35,7 @@ def settings(make_run, options, tmp_path_factory):
         "max_steps": 8,
         "save_steps": 3,
         "prompts_per_step": 3,
-        "average_weights": 0.5,
+        "ema_decay": 0.5,
         "warmup_steps": 2,
         "replay_steps": 1,
     }

@@ -195,7 +195,7 @@ def test_draws_without_texts_and_reserved_columns():
 
 LOADING = {  # spec (folder filled in), what the message must say
     "missing file": ("{0}/mien.py:reward", r"mien.py: no such file \(did you mean 'mine.py'\?\)"),
-    "missing folder": ("{0}/no/mine.py:reward", r"no such file: no folder"),
+    "missing folder": ("{0}/no/mine.py:reward", r"no such file: there is no folder .*no either"),
     "missing function": ("{0}/mine.py:rewrad", r"has no 'rewrad' \(did you mean 'reward'\?\)"),
     "no function": ("{0}/mine.py", r"mine.py: got a file, expected a function in it: .*mine.py:function"),
     "not a function": ("{0}/mine.py:SCALE", r"got int 3, expected a function"),
@@ -218,6 +218,12 @@ def test_bad_specs_are_refused(tmp_path, monkeypatch, case):
     spec, message = LOADING[case]
     with pytest.raises(ValueError, match=message):
         load_reward(spec.format(tmp_path))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("def reward(completions):\n    return [3.0]\n")
+    assert load_reward("~/mine.py:reward")(["a"]) == [3.0]
 
 
 def test_found_by_file_and_by_module(tmp_path, monkeypatch):

@@ -57,6 +57,14 @@ def test_a_missing_folder(tmp_path):
         load_model("./nothing")
 
 
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve(f"~/{folder.name}") == str(folder)
+    assert load_model(f"~/{folder.name}", dtype=torch.float64)[0].dtype == torch.float64
+    with pytest.raises(ValueError, match=r"'~/nothing': no such folder"):
+        load_model("~/nothing")
+
+
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \*\.safetensors \(it holds chat_template.jinja, config.json"):

@@ -68,6 +68,23 @@ def test_chunks_and_order_change_no_score(policy, examples, max_chunk_tokens):
     assert worst(scored(policy, pick(draws, columns)), whole.gather(1, columns)) < TOLERANCE
 
 
+@pytest.mark.parametrize("max_chunk_tokens", [1, 100_000])
+def test_a_completion_of_no_tokens_brings_none_and_disturbs_no_other(
+    policy, examples, made_up, max_chunk_tokens
+):
+    policy = replace(policy, max_chunk_tokens=max_chunk_tokens)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    whole = made_up(examples, 3, 40)
+    some = replace(whole, completions=[[a, nothing, c] for a, _, c in whole.completions])
+    # of one prompt there is nothing at all
+    some = replace(some, completions=[[nothing] * 3, *some.completions[1:]])
+    assert len(policy.log_prob(some)) == int(some.lengths.sum())
+    expected = scored(policy, whole) * (some.lengths > 0)
+    assert worst(scored(policy, some), expected) < TOLERANCE
+    empty = replace(whole, completions=[[nothing] * 3 for _ in examples])
+    assert scored(policy, empty).tolist() == [[0.0] * 3] * len(examples)
+
+
 def test_the_place_in_the_list_owns_the_uniforms_not_the_prompt(build, tokenizer, examples):
     # what holds: prompt p of the list uses uniforms p, whatever stands at the other places
     policy = CausalPolicy(build("llama_tied"), tokenizer)

@@ -226,17 +226,19 @@ def test_solve_beta_meets_the_budget_and_the_goal(budget):
 
 def test_solve_beta_refuses_what_it_cannot_do():
     r = torch.linspace(0, 1, 32).expand(4, 32)
-    with pytest.raises(ValueError, match="needs about 91"):
+    with pytest.raises(ValueError, match=r"kl_budget 2 nats: got 32 draws .* needs about 91"):
         solve_beta(r, kl=2.0)
     with pytest.raises(ValueError, match="nothing can be learned"):
         solve_beta(torch.ones(4, 32), kl=0.5)
-    with pytest.raises(ValueError, match=r"reachable range is from 0\.5 .* to 1 "):
+    with pytest.raises(ValueError, match=r"reward_goal 1\.2 .* more than 0\.5 .* less than 1 "):
         solve_beta(r, goal=1.2)
-    with pytest.raises(ValueError, match="needs about"):
+    with pytest.raises(ValueError, match=r"reward_goal 0\.999: got 32 draws .* needs about"):
         solve_beta(r, goal=0.999)
+    with pytest.raises(ValueError, match=r"kl_budget: got 0\.0, expected"):
+        solve_beta(r, kl=0.0)
     with pytest.raises(ValueError, match="exactly one"):
         solve_beta(r)
-    with pytest.raises(ValueError, match="all the mass"):
+    with pytest.raises(ValueError, match=r"kl_budget 0\.8 nats is out of reach.* all the mass"):
         solve_beta((torch.arange(64) % 2).double().expand(4, 64), kl=0.8)
     with pytest.raises(ValueError, match="forbidden"):
         solve_beta(torch.full((2, 32), -math.inf), kl=0.1)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klimb.numbers.baselines import leave_one_out
+from klimb.numbers.tilt import shares
 from klimb.numbers.weights import (
     effective_sample_size,
-    normalised_weights,
     pareto_k,
     pareto_threshold,
     pooled_pareto_k,
@@ -23,7 +23,7 @@ def test_effective_sample_size():
     torch.testing.assert_close(effective_sample_size(w.log() + 700), expected)
     forbidden = torch.tensor([[-math.inf, 0.0, -math.inf], [-math.inf] * 3])
     assert effective_sample_size(forbidden).tolist() == [1.0, 0.0]
-    assert normalised_weights(forbidden).tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert shares(forbidden).tolist() == [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("shape", [0.3, 0.7, 1.2])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from klimb.models.low_rank import fuse_adapters
 from klimb.models.policy import CausalPolicy, adapters, check_head
 
 
@@ -100,6 +101,7 @@ def lora(
             "lora: an adapter on the output embedding is not supported; leave the head out of target_modules"
         )
     wrapped.eval()
+    fuse_adapters(wrapped)
     moving = []
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(".policy." in name)

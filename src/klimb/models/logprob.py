@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 ROWS = 128
+VOCABULARY = 2048
+"""tokens of the vocabulary in one product on a CPU: one product over all of them leaves the cache"""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,19 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] in float32 or wider."""
-        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        raw = self._raw(hidden)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         raw = raw * self.scale if self.scale != 1.0 else raw
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    def _raw(self, hidden: Tensor) -> Tensor:
+        if hidden.device.type != "cpu":
+            return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        weights = self.weight.split(VOCABULARY)
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(VOCABULARY)
+        return torch.cat(
+            [torch.nn.functional.linear(hidden, w, b) for w, b in zip(weights, biases, strict=True)], 1
+        )
 
     @property
     def frozen(self) -> bool:

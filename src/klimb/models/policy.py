@@ -112,12 +112,12 @@ class CausalPolicy:
         first, cache, mask, position = self.read_prompts(draws.examples, draws.num_draws)
         rows = [ids for group in draws.completions for ids in group]
         lengths = draws.lengths.flatten().to(self.device)
-        width = int(lengths.max()) - 1  # the last token of a completion predicts nothing
+        width = max(int(lengths.max()) - 1, 0)  # the last token of a completion predicts nothing
         hidden = first[:, None]
         if width > 0:
             ids = torch.zeros(len(rows), width, dtype=torch.int64)
             for i, row in enumerate(rows):
-                ids[i, : len(row) - 1] = row[:-1]
+                ids[i, : len(row[:-1])] = row[:-1]  # not len(row) - 1: a completion may have no tokens at all
             step = torch.arange(width, device=self.device)
             here = step < lengths[:, None] - 1
             later = self.body(

@@ -17,7 +17,7 @@ P prompts, G1 draws a prompt from the policy, G2 from the reference. Nats; rewar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,20 +130,76 @@ def certificate(
     """
     policy = _pool("policy", reward_policy, log_pi_policy, log_ref_policy)
     reference = _pool("reference", reward_reference, log_pi_reference, log_ref_reference)
-    if len(policy) != len(reference):
-        raise ValueError(
-            f"certificate: got {len(policy)} prompts of the policy and {len(reference)} of the reference; "
-            "expected the same prompts in the same order."
-        )
-    rewards = torch.cat([policy[..., 0], reference[..., 0]], 1)
-    allowed = (rewards > -math.inf).any(-1)
-    if not allowed.any():
-        raise ValueError(
-            "certificate: every draw of both pools is forbidden (reward -inf): there is no target."
-        )
-    warnings = pool_warnings(rewards, allowed)
-    policy, reference, rewards = policy[allowed], reference[allowed], rewards[allowed]
+    policy, reference, left_out = _allowed(policy, reference)
+    found = _estimates(
+        policy, reference, beta, correct=correct, generator=generator, num_resamples=num_resamples
+    )
+
+    rewards = _rewards(policy, reference)
+    weights = rewards / beta + _mixture(policy, reference)[0]
+    away = tilted_kl(weights, 1.0).mean().item()  # KL to the drawing law, the mixture
+    k = pooled_pareto_k(weights)
+    doubts = (*trust_warnings(weights, away, k), *left_out)
+
+    no_room = _share_of_nothing(found["room"], NO_ROOM)
+    no_lift = _share_of_nothing(found["lift"], "what could be gained at the policy's KL")
+    infinite = _infinite(found["gap"], reference)
+    # a difference at the level of rounding is none: an exactly optimal policy has intervals of zero width
     finite = rewards[rewards > -math.inf]
+    negligible = 1e-6 * (finite.max() - finite.min()).item()
+    blind = (DROPPED,) if found["gap"].low > found["self_gap"].high + negligible else ()
+
+    def doubted(name: str, *more: str) -> Estimate:
+        return replace(found[name], warnings=(*more, *doubts))
+
+    return Certificate(
+        beta=float(beta),
+        reward=found["reward"],
+        kl=found["kl"],
+        objective=found["objective"],
+        log_z=doubted("log_z"),
+        gap=doubted("gap"),
+        self_gap=found["self_gap"],
+        reference_reward=found["reference_reward"],
+        optimum_reward=doubted("optimum_reward"),
+        optimum_kl=doubted("optimum_kl"),
+        attained=doubted("attained", *no_room, *infinite),
+        frontier_efficiency=doubted("frontier_efficiency", *no_lift, *infinite),
+        overlap=found["overlap"],
+        ess=effective_sample_size(weights).mean().item(),
+        pareto_k=k,
+        flat=(rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
+        needs=draws_needed(away),
+        warnings=(*doubts, *no_room, *infinite, *blind, *_uncovered(found["overlap"])),
+    )
+
+
+# What is estimated, and from whose draws: first the means over prompts, then what is computed from them.
+_MEANS = {
+    "reward": "policy",
+    "kl": "policy",
+    "objective": "policy",
+    "log_z": "both",
+    "gap": "both",
+    "self_gap": "policy",
+    "reference_reward": "reference",
+    "optimum_reward": "both",
+    "optimum_kl": "both",
+    "overlap": "reference",
+}
+_SUMMARY = {**_MEANS, "attained": "both", "frontier_efficiency": "both", "room": "both", "lift": "both"}
+
+
+def _estimates(
+    policy: Tensor,
+    reference: Tensor,
+    beta: float,
+    *,
+    correct: bool,
+    generator: torch.Generator,
+    num_resamples: int,
+) -> dict[str, Estimate]:
+    """All of _SUMMARY with intervals from one joint bootstrap, no warnings yet."""
     # weak to strong tilts around beta: the ceiling at the policy's KL is the least over these betas
     betas = torch.logspace(1.5, -1.5, 61, dtype=torch.float64).mul(beta).tolist()
 
@@ -166,78 +222,12 @@ def certificate(
         )
     else:
         low, high = bootstrap(summary, per_prompt, generator=generator, num_resamples=num_resamples)
-
-    log_w, _ = _mixture(policy, reference)
-    weights = rewards / beta + log_w
-    away = tilted_kl(weights, 1.0).mean().item()
-    k = pooled_pareto_k(weights)
-    doubts = (*trust_warnings(weights, away, k), *warnings)
-    counts = {
-        "policy": policy[..., 0].numel(),
-        "reference": reference[..., 0].numel(),
-        "both": rewards.numel(),
+    draws = {"policy": policy[..., 0].numel(), "reference": reference[..., 0].numel()}
+    draws["both"] = draws["policy"] + draws["reference"]
+    return {
+        name: Estimate(centre[j].item(), low[j].item(), high[j].item(), draws[whose])
+        for j, (name, whose) in enumerate(_SUMMARY.items())
     }
-
-    def estimate(name: str, pool: str, said: tuple[str, ...] = ()) -> Estimate:
-        j = _SUMMARY.index(name)
-        return Estimate(centre[j].item(), low[j].item(), high[j].item(), counts[pool], said)
-
-    room, lift = estimate("room", "both"), estimate("lift", "both")
-    flat_ratio = (
-        "unreliable: {} is not clearly above zero, so a share of it says nothing; needs more draws or prompts"
-    )
-    unbounded = ("the reference draws forbidden outcomes (reward -inf): its own gap is infinite",)
-    no_room = () if room.low > 0 else (flat_ratio.format(NO_ROOM),)
-    no_lift = () if lift.low > 0 else (flat_ratio.format("what could be gained at the policy's KL"),)
-    infinite = unbounded if (reference[..., 0] == -math.inf).any() else ()
-    if not math.isfinite(estimate("gap", "both").value):
-        infinite = ("unreliable: the policy draws forbidden outcomes (reward -inf), so its gap is infinite",)
-    gap, self_gap = estimate("gap", "both", doubts), estimate("self_gap", "policy")
-    overlap = estimate("overlap", "reference")
-    # a difference at the level of rounding is none: an exactly optimal policy has intervals of zero width
-    negligible = 1e-6 * (finite.max() - finite.min()).item()
-    blind = (DROPPED,) if gap.low > self_gap.high + negligible else ()
-    uncovered = ()
-    if not overlap.low <= 1 <= overlap.high and abs(overlap.value - 1) > 0.1:
-        uncovered = (
-            f"the mean of pi/ref over the reference's draws is {overlap}, not 1: the policy puts mass where the "
-            "reference did not draw, or sampler and scorer disagree",
-        )
-    return Certificate(
-        beta=float(beta),
-        reward=estimate("reward", "policy"),
-        kl=estimate("kl", "policy"),
-        objective=estimate("objective", "policy"),
-        log_z=estimate("log_z", "both", doubts),
-        gap=gap,
-        self_gap=self_gap,
-        reference_reward=estimate("reference_reward", "reference"),
-        optimum_reward=estimate("optimum_reward", "both", doubts),
-        optimum_kl=estimate("optimum_kl", "both", doubts),
-        attained=estimate("attained", "both", (*no_room, *infinite, *doubts)),
-        frontier_efficiency=estimate("frontier_efficiency", "both", (*no_lift, *infinite, *doubts)),
-        overlap=overlap,
-        ess=effective_sample_size(weights).mean().item(),
-        pareto_k=k,
-        flat=(rewards.amax(-1) == rewards.amin(-1)).double().mean().item(),
-        needs=draws_needed(away),
-        warnings=(*doubts, *no_room, *infinite, *blind, *uncovered),
-    )
-
-
-_MEANS = (
-    "reward",
-    "kl",
-    "objective",
-    "log_z",
-    "gap",
-    "self_gap",
-    "reference_reward",
-    "optimum_reward",
-    "optimum_kl",
-    "overlap",
-)
-_SUMMARY = (*_MEANS, "attained", "frontier_efficiency", "room", "lift")
 
 
 def _per_prompt(policy: Tensor, reference: Tensor, beta: float, betas: list[float], correct: bool) -> Tensor:
@@ -297,6 +287,53 @@ def _mixture(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     _, log_pi, log_ref = torch.cat([policy, reference], -2).unbind(-1)
     log_m = torch.logaddexp(math.log(share) + log_pi, math.log(1 - share) + log_ref)
     return log_ref - log_m, log_pi - log_m
+
+
+def _rewards(policy: Tensor, reference: Tensor) -> Tensor:
+    """The rewards of all draws, [P, G1 + G2]."""
+    return torch.cat([policy[..., 0], reference[..., 0]], 1)
+
+
+def _share_of_nothing(whole: Estimate, name: str) -> tuple[str, ...]:
+    if whole.low > 0:
+        return ()
+    return (
+        f"unreliable: {name} is not clearly above zero, so a share of it says nothing; "
+        "needs more draws or prompts",
+    )
+
+
+def _infinite(gap: Estimate, reference: Tensor) -> tuple[str, ...]:
+    if not math.isfinite(gap.value):
+        return ("unreliable: the policy draws forbidden outcomes (reward -inf), so its gap is infinite",)
+    if (reference[..., 0] == -math.inf).any():
+        return ("the reference draws forbidden outcomes (reward -inf): its own gap is infinite",)
+    return ()
+
+
+def _uncovered(overlap: Estimate) -> tuple[str, ...]:
+    if overlap.low <= 1 <= overlap.high or abs(overlap.value - 1) <= 0.1:
+        return ()
+    return (
+        f"the mean of pi/ref over the reference's draws is {overlap}, not 1: the policy puts mass where the "
+        "reference did not draw, or sampler and scorer disagree",
+    )
+
+
+def _allowed(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Both pools without the prompts whose draws are all forbidden, and what to say about them."""
+    if len(policy) != len(reference):
+        raise ValueError(
+            f"certificate: got {len(policy)} prompts of the policy and {len(reference)} of the reference; "
+            "expected the same prompts in the same order."
+        )
+    rewards = _rewards(policy, reference)
+    allowed = (rewards > -math.inf).any(-1)
+    if not allowed.any():
+        raise ValueError(
+            "certificate: every draw of both pools is forbidden (reward -inf): there is no target."
+        )
+    return policy[allowed], reference[allowed], pool_warnings(rewards, allowed)
 
 
 def _pool(name: str, reward: Tensor, log_pi: Tensor, log_ref: Tensor) -> Tensor:

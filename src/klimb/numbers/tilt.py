@@ -164,8 +164,8 @@ def solve_beta(
 
     Args:
         reward: [P, G].
-        kl: the budget in nats, > 0; give this or `goal`.
-        goal: the wanted E_p[r], in units of reward.
+        kl: the budget in nats, > 0; give this or `goal`. Messages call it kl_budget, as a configuration does.
+        goal: the wanted E_p[r], in units of reward; in messages reward_goal.
         log_w: [P, G] nats, or None.
         margin: nats by which log(draws a prompt) must exceed the KL (a mean over prompts).
 
@@ -187,7 +187,7 @@ def solve_beta(
         raise ValueError(f"solve_beta: got kl={kl} and goal={goal}; expected exactly one of them.")
     if kl is not None and not 0 < kl < math.inf:
         raise ValueError(
-            f"solve_beta: got kl={kl}; expected a finite budget above 0 nats (0 nats is the reference)."
+            f"kl_budget: got {kl}, expected a finite number of nats above 0 (0 nats is the reference)"
         )
     r, w = _checked(reward, 1.0, log_w)
     num_draws = r.shape[-1]
@@ -218,27 +218,29 @@ def solve_beta(
 
     least, most = 1e-9 * scale, 1e9 * scale
     if kl is not None:
+        asked = f"kl_budget {kl:.4g} nats"
         if log_w is None and math.log(num_draws) - kl < margin:
-            raise ValueError(_too_few(num_draws, kl, margin))
+            raise ValueError(_too_few(asked, num_draws, kl, margin))
         floor, ceiling = cost(most), cost(least)
         if not floor < kl < ceiling:
             raise ValueError(
-                f"solve_beta: got kl={kl:.4g} nats; these rewards reach from {floor:.4g} to {ceiling:.4g} nats, where "
-                "all the mass is on the best draws of every prompt. Ask for a KL between."
+                f"{asked} is out of reach; expected more than {floor:.4g} and less than {ceiling:.4g} nats, where all "
+                "the mass is on the best draws of every prompt"
             )
         beta = _bisect(cost, kl, least, most)
     else:
         assert goal is not None  # exactly one of the two was given
+        asked = f"reward_goal {goal:.4g}"
         floor, ceiling = gain(most), gain(least)
         if not floor < goal < ceiling:
             raise ValueError(
-                f"solve_beta: got goal={goal:.4g}; the reachable range is from {floor:.4g} (the reference) to "
-                f"{ceiling:.4g} (the best draw of every prompt), both exclusive."
+                f"{asked} is out of reach; expected more than {floor:.4g} (the reference) and less than "
+                f"{ceiling:.4g} (the best draw of every prompt)"
             )
         beta = _bisect(gain, goal, least, most)
     carried = torch.special.entr(shares(shifted / beta + w)).sum(-1).mean().item()
     if carried < margin - 1e-9:
-        raise ValueError(_too_few(num_draws, math.log(num_draws) - carried, margin))
+        raise ValueError(_too_few(asked, num_draws, math.log(num_draws) - carried, margin))
     return beta
 
 
@@ -301,10 +303,10 @@ def _bisect(curve: Callable[[float], float], value: float, low: float, high: flo
     return math.exp((low + high) / 2)
 
 
-def _too_few(num_draws: int, kl: float, margin: float) -> str:
+def _too_few(asked: str, num_draws: int, kl: float, margin: float) -> str:
     return (
-        f"solve_beta: got {num_draws} draws a prompt; a KL of {kl:.3g} nats needs about "
-        f"{draws_needed(kl, margin=margin)} (log draws - KL >= {margin:g}). Draw more, or ask for less."
+        f"{asked}: got {num_draws} draws a prompt; a KL of {kl:.3g} nats needs about "
+        f"{draws_needed(kl, margin=margin)} (log draws - KL >= {margin:g}); draw more, or ask for less"
     )
 
 

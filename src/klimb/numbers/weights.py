@@ -19,22 +19,6 @@ SMALLEST_TAIL = 25
 """draws below which a tail of a fifth of them is too short (five) to fit"""
 
 
-def normalised_weights(log_w: Tensor) -> Tensor:
-    """Weights that sum to one within each prompt, softmax(log_w); all zeros where every log-weight is -inf.
-
-    Args:
-        log_w: [P, G] nats.
-
-    Returns:
-        [P, G].
-
-    Example:
-        >>> normalised_weights(torch.tensor([[0.0, 0.0, -torch.inf]]))
-        tensor([[0.5000, 0.5000, 0.0000]])
-    """
-    return shares(log_w)
-
-
 def effective_sample_size(log_w: Tensor) -> Tensor:
     """How many equally weighted draws these weights are worth.
 

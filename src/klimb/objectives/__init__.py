@@ -6,8 +6,39 @@ each docstring says of what, and whether it is biased. Only torch is imported he
 
 from klimb.objectives.bind import bind
 from klimb.objectives.coefficients import coefficients
+from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
+from klimb.objectives.kl_penalty import kl_loss, kl_reward, rao_blackwell, token_kl_loss
+from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sft
 from klimb.objectives.log_variance import log_variance
+from klimb.objectives.path_consistency import path_consistency
 from klimb.objectives.reverse_kl import reverse_kl
+from klimb.objectives.squared import length_normalised_balance, parted, pmd_mean, trajectory_balance
+from klimb.objectives.surrogate import surrogate, token_surrogate
+from klimb.objectives.value_loss import value_loss
 
-__all__ = ["bind", "coefficients", "forward_kl", "log_variance", "reverse_kl"]
+__all__ = [
+    "bind",
+    "coefficients",
+    "dpg",
+    "f_divergence",
+    "filtered",
+    "forward_kl",
+    "kl_loss",
+    "kl_reward",
+    "length_normalised_balance",
+    "log_variance",
+    "parted",
+    "path_consistency",
+    "pmd_mean",
+    "raft",
+    "rao_blackwell",
+    "reverse_kl",
+    "reward_weighted",
+    "sft",
+    "surrogate",
+    "token_kl_loss",
+    "token_surrogate",
+    "trajectory_balance",
+    "value_loss",
+]

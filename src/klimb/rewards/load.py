@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib
@@ -21,10 +20,11 @@ import inspect
 import itertools
 import json
 import math
+import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Prompt, Reward
+from klimb.nearest import nearest, nearest_file
 
 LARGEST = torch.finfo(torch.float32).max
 SHOWN = reprlib.Repr()
@@ -76,7 +77,7 @@ class Rewards:
 def load_reward(spec: str) -> Reward:
     """The reward that a text names.
 
-    "file.py:function" imports the file, "package.module:function" the module, also one here; anything
+    "file.py:function" imports the file (`~` is the home folder), "package.module:function" the module, also one here; anything
     without a colon is a sequence-classification model, by folder or hub id (see `klimb.rewards.model`).
 
     Raises:
@@ -90,20 +91,34 @@ def load_reward(spec: str) -> Reward:
         ...
         ValueError: math:hypott: module math has no 'hypott' (did you mean 'hypot'?)
     """
-    place, colon, name = spec.rpartition(":")
-    if not colon:
-        if spec.endswith(".py"):
-            raise ValueError(f"{spec}: got a file, expected a function in it: {spec}:function")
-        from klimb.rewards.model import model_reward  # transformers is loaded only for a model
+    spec = os.path.expanduser(spec)
+    if ":" in spec or spec.endswith(".py"):
+        return load_function(spec)
+    from klimb.rewards.model import model_reward  # transformers is loaded only for a model
 
-        return model_reward(spec)
+    return model_reward(spec)
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function that "file.py:function" or "package.module:function" names; its code is run.
+
+    Raises:
+        ValueError: the file, module or function is not there, importing it failed, or it cannot be called.
+
+    Example:
+        >>> load_function("math:hypot")(3, 4)
+        5.0
+    """
+    place, colon, name = os.path.expanduser(spec).rpartition(":")
+    if not colon and spec.endswith(".py"):
+        raise ValueError(f"{spec}: got a file, expected a function in it: {spec}:function")
     if not place or not name:
-        raise ValueError(f"{spec!r}: expected file.py:function, package.module:function, or a model")
+        raise ValueError(f"{spec!r}: expected file.py:function or package.module:function")
     found: Any = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
     kind = "file" if place.endswith(".py") else "module"
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"{spec}: {kind} {place} has no {name!r}{_nearest(part, dir(found))}")
+            raise ValueError(f"{spec}: {kind} {place} has no {name!r}{nearest(part, dir(found))}")
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"{spec}: got {type(found).__name__} {SHOWN.repr(found)}, expected a function")
@@ -276,13 +291,7 @@ def _sha256(text: str) -> str:
 
 def _module_from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        folder = path.parent
-        near = (
-            _nearest(path.name, [p.name for p in folder.iterdir()])
-            if folder.is_dir()
-            else f": no folder {folder}"
-        )
-        raise ValueError(f"{path}: no such file{near}")
+        raise ValueError(f"{path}: no such file{nearest_file(path)}")
     # A name that cannot hide an installed module; registered, because dataclasses look their module up.
     name = f"klimb_reward_{_sha256(str(path.resolve()))[:12]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -315,11 +324,6 @@ def _searching(folder: Path) -> Generator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 # Calling and checking. Rows are flat here: one a completion.
@@ -371,7 +375,7 @@ def _accepted(name: str, reward: Reward, arguments: Mapping[str, object]) -> Map
     missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
         raise ValueError(
-            f"reward {name} asks for {missing[0]!r}{_nearest(missing[0], list(arguments))}, "
+            f"reward {name} asks for {missing[0]!r}{nearest(missing[0], arguments)}, "
             f"which is no column of the data; there are {', '.join(arguments)}"
         )
     return chosen

@@ -7,6 +7,7 @@ no code comes with them, scores are float32, nothing is random.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ def model_reward(
 
     Not the same as TRL, which adds no special tokens to plain text either.
     """
-    name = str(name_or_path)
+    name = os.path.expanduser(name_or_path)
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name,

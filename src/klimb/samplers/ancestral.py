@@ -1,7 +1,7 @@
 """Draw token by token from the policy, and say what it drew with which probability.
 
 P prompts, G draws a prompt, V vocabulary. The prompt is read once and its memory shared by its G completions; rows
-that have ended leave the batch. A token is chosen by one uniform number a row: first the block of the vocabulary in
+that have ended leave the batch, a few at a time. A token is chosen by one uniform number a row: first the block of the vocabulary in
 which the cumulated probability passes it, then the token in that block, both cumulated in float64. The uniforms are
 drawn beforehand for all rows and positions, so a draw does not depend on its company.
 """
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from klimb.data import Draws, Example
 from klimb.models.policy import CausalPolicy
+from klimb.models.room import make_room
 
 BLOCK = 256
+DEAD = 1 / 16
+"""share of a batch that has to have ended before it is made smaller: that copies what all others remember"""
 
 
 @torch.no_grad()
@@ -121,20 +124,23 @@ def _decode(
     head, body = policy.head, policy.body
     with policy.activate():
         hidden, cache, mask, position = policy.read_prompts(examples, num_draws)
-        alive = torch.arange(num_rows, device=policy.device)
+        make_room(cache, longest - 1)
+        rows = torch.arange(num_rows, device=policy.device)
+        running = torch.ones(num_rows, dtype=torch.bool, device=policy.device)
         for step in range(longest):
             chosen, log_prob = draw_tokens(
-                head.logits(hidden), uniforms[alive, step], temperature=temperature, top_p=top_p
+                head.logits(hidden), uniforms[rows, step], temperature=temperature, top_p=top_p
             )
-            tokens[alive, step] = chosen
-            lengths[alive] = step + 1
-            log_q[alive] += log_prob
-            going_on = ~torch.isin(chosen, end)
-            if step + 1 == longest or not going_on.any():
+            tokens[rows, step] = chosen
+            lengths[rows[running]] = step + 1
+            log_q[rows[running]] += log_prob[running]
+            running = running & ~torch.isin(chosen, end)
+            if step + 1 == longest or not running.any():
                 break
-            if not going_on.all():
-                kept = going_on.nonzero()[:, 0]
-                alive, chosen, mask, position = alive[kept], chosen[kept], mask[kept], position[kept]
+            if running.sum() <= (1 - DEAD) * len(rows):
+                kept = running.nonzero()[:, 0]
+                rows, chosen, running = rows[kept], chosen[kept], running[kept]
+                mask, position = mask[kept], position[kept]
                 cache.batch_select_indices(kept)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             hidden = body(
@@ -183,7 +189,9 @@ def draw_tokens(
     inside = blocks[torch.arange(rows), block].double().cumsum(1)
     token = block * BLOCK + _first_above(inside, goal - reached)
     # rounding may pass the last token that has any mass; step back to one that has
-    token = torch.where(padded.gather(1, token[:, None])[:, 0] > 0, token, mass.argmax(1))
+    massless = padded.gather(1, token[:, None])[:, 0] <= 0
+    if massless.any():
+        token[massless] = mass[massless].argmax(1)
     log_prob = mass.gather(1, token[:, None])[:, 0].double().log() - over_blocks[:, -1].log()
     return token, log_prob
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from klimb.data import Draws, Example, Pool
+from klimb.data import Draws, Example, Pool, joint_support
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,6 @@ class Replay:
             rows[example.id] = [*rows.get(example.id, ()), *new][-self.limit :]
         return replace(self, rows=rows)
 
-    def available(self, example: Example) -> int:
-        """How many completions of this prompt are kept."""
-        return len(self.rows.get(example.id, ()))
-
     def draw(self, examples: Sequence[Example], num_draws: int, *, generator: torch.Generator) -> Pool:
         """`num_draws` kept completions of each example, without repetition within one call.
 
@@ -100,13 +96,12 @@ def pool_of(examples: Sequence[Example], kept: Sequence[Sequence[Kept]]) -> Pool
     def table(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor([[getattr(row, name) for row in group] for group in kept], dtype=dtype)
 
-    supports = {row.full_support for group in kept for row in group}
     draws = Draws(
         examples=list(examples),
         completions=[[row.completion for row in group] for group in kept],
         finished=table("finished", torch.bool),
         texts=[[row.text for row in group] for group in kept],
         log_q=table("log_q"),
-        full_support=False if False in supports else (None if None in supports else True),
+        full_support=joint_support(row.full_support for group in kept for row in group),
     )
     return Pool(draws, table("reward"), table("log_ref"))

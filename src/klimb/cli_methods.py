@@ -1,0 +1,178 @@
+"""klimb methods: the table, and what becomes of an objective on a space small enough to sum over.
+
+Nothing heavy is imported before one of the commands runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from klimb.exact.linter import Findings
+
+LAWS = ("policy", "reference", "other")
+
+Json = Annotated[bool, typer.Option("--json", help="As JSON on stdout, nothing else there.")]
+Beta = Annotated[float, typer.Option(help="Reward per nat, on rewards from 0 to 1.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    methods = typer.Typer(invoke_without_command=True)
+    methods.callback()(methods_)
+    methods.command("inspect")(inspect_)
+    app.add_typer(methods, name="methods")
+
+
+def methods_(
+    ctx: typer.Context,
+    filter_: Annotated[
+        str | None, typer.Option("--filter", help="Only rows in which this text stands.")
+    ] = None,
+    claim: Annotated[
+        str | None, typer.Option(help="Only rows that claim gradient, minimiser, value or law.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Print the table of methods: what each knows, makes small, where it stops, and where its claim ends."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from klimb.methods import METHODS, NOT_PROVIDED
+    from klimb.nearest import nearest
+
+    claims = sorted({row.claim for row in METHODS.values()})
+    if claim is not None and claim not in claims:
+        raise ValueError(
+            f"--claim: got {claim!r}{nearest(claim, claims)}, expected one of {', '.join(claims)}"
+        )
+    rows = {name: row.as_dict() for name, row in METHODS.items() if claim in (None, row.claim)}
+    if filter_ is not None:
+        rows = {
+            name: row
+            for name, row in rows.items()
+            if filter_.lower() in f"{name} {' '.join(map(str, row.values()))}".lower()
+        }
+    if json_:
+        print(json.dumps({"methods": rows, "not_provided": dict(NOT_PROVIDED)}, indent=2))
+        return
+    if not rows:
+        raise ValueError(f"--filter: no row holds {filter_!r}; klimb methods lists all {len(METHODS)}")
+    _show(rows, {} if filter_ or claim else NOT_PROVIDED)
+
+
+def inspect_(
+    method: Annotated[str, typer.Argument(help="A method of the table, or your own: file.py:function.")],
+    beta: Beta = 0.5,
+    draws: Annotated[
+        str, typer.Option(help="Whose: policy, reference, or other (a law that stays).")
+    ] = "policy",
+    num_draws: Annotated[int, typer.Option(min=1, max=4, help="Draws a prompt.")] = 3,
+    json_: Json = False,
+) -> None:
+    """Find where an objective stops, how far that is from the target, and its bias and noise: exactly, by summation.
+
+    Your own objective is a function of numbers that gives one value a prompt; it asks for them by name: log_pi,
+    log_target, log_ref, log_q, log_w, reward, beta [P, G], token_log_pi, token_log_ref, token_log_old, row [N], ...
+    """
+    from klimb.nearest import nearest
+
+    if draws not in LAWS:
+        raise ValueError(f"--draws: got {draws!r}{nearest(draws, LAWS)}, expected one of {', '.join(LAWS)}")
+    if not beta > 0 or beta == float("inf"):
+        raise ValueError(
+            f"--beta: got {beta:g}, expected a positive number: without a price on KL there is no target"
+        )
+    objective, derived = _objective(method)
+    from klimb.exact.linter import inspect, toy, verdict
+
+    at = toy(beta=beta)
+    try:
+        found = inspect(objective, at, num_draws=num_draws, draws=draws, derived=derived)
+    except ValueError as error:
+        raise ValueError(f"{method}: {error}") from error
+    said = verdict(found, draws)
+    if json_:
+        plain = {name: x if isinstance(x, str | float) else x.tolist() for name, x in vars(found).items()}
+        print(
+            json.dumps({"method": method, "beta": beta, "draws": draws, **plain, "verdict": said}, indent=2)
+        )
+        return
+    _tell(method, found, said, [ids.tolist() for ids in at.space.completions], at.reward.tolist())
+
+
+def _objective(method: str) -> tuple[Callable[..., Any], Mapping[str, Callable[..., Any]]]:
+    if ":" in method or method.endswith(".py"):
+        from klimb.rewards.load import load_function
+
+        return load_function(method), {}
+    from klimb.methods import METHODS, NOT_PROVIDED
+    from klimb.nearest import nearest
+
+    if method in NOT_PROVIDED:
+        raise ValueError(f"{method}: not a method of its own, it {NOT_PROVIDED[method]}")
+    if method not in METHODS:
+        raise ValueError(
+            f"no method {method!r}{nearest(method, METHODS)}; klimb methods lists them, and your own is file.py:function"
+        )
+    row = METHODS[method]
+    if row.objective is None:
+        raise ValueError(f"{method}: it draws and trains nothing, so there is no objective to inspect")
+    return row.objective, row.derived
+
+
+def _show(rows: Mapping[str, Mapping[str, object]], not_provided: Mapping[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for name, row in rows.items():
+        console.print(Text.assemble((name, "bold"), f"  {row['divergence']}"), soft_wrap=True)
+        table = Table.grid(padding=(0, 2))
+        for label, key in (("draws", "draws"), (str(row["claim"]), "fixed_point"), ("but", "caveat")):
+            table.add_row("", Text(f"{label:<9}", style="dim"), Text(str(row[key])))
+        console.print(table)
+    if not_provided:
+        console.print("\nNot rows of their own:", style="bold")
+        table = Table.grid(padding=(0, 2))
+        for name, why in not_provided.items():
+            table.add_row("", name, Text(why))
+        console.print(table)
+        console.print(
+            "\nklimb methods inspect METHOD shows where one stops; --json prints every column.", style="dim"
+        )
+
+
+def _tell(method: str, found: Findings, said: str, strings: list[list[int]], rewards: list[float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text.assemble((method, "bold"), f": {said}."))
+    numbers = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("KL(fixed point||p)", f"{abs(found.kl_to_target):.3g} nats"),
+        ("KL(p||fixed point)", f"{abs(found.kl_from_target):.3g} nats"),
+        ("cosine with grad KL(pi||p)", f"{found.alignment:.6f}"),
+        ("length against it", f"{found.scale:.4g}"),
+        ("noise at the target, at ref", f"{found.noise_at_target:.3g}, {found.noise_at_reference:.3g}"),
+        ("drift at the target", f"{found.drift_at_target:.3g}"),
+    ):
+        numbers.add_row(label, value)
+    console.print(numbers)
+    table = Table("completion", "reward", "target", "fixed point", box=None, header_style="dim")
+    for ids, reward, p, pi in zip(
+        strings, rewards, found.target.tolist(), found.fixed_point.tolist(), strict=True
+    ):
+        text = "".join("." if t == 0 else "ab"[t - 1] for t in ids)
+        table.add_row(text, f"{reward:.2f}", f"{p:.4f} {_bar(p)}", f"{pi:.4f} {_bar(pi)}")
+    console.print(table)
+
+
+def _bar(share: float) -> str:
+    return "█" * round(20 * share) or "▏"

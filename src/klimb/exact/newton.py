@@ -1,0 +1,45 @@
+"""The minimum of a smooth function of a few numbers, to the last digits: Newton's method that cannot walk uphill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def minimise(value: Callable[[Tensor], Tensor], starts: Iterable[Tensor], *, max_steps: int = 200) -> Tensor:
+    """Where a function [K] -> scalar is least, the best of what is reached from each start.
+
+    The Hessian's eigenvalues are taken by their size, so a step goes downhill also where the function is not convex;
+    a step that does not lower the value is halved. A minimum at infinity is followed for `max_steps` steps.
+
+    Example:
+        >>> at = minimise(lambda x: (x - 3).square().sum() + x.exp().sum(), [torch.zeros(1, dtype=torch.float64)])
+        >>> round(at.item(), 6)
+        1.251758
+    """
+    reached = [_descend(value, start.detach().double(), max_steps) for start in starts]
+    return min(reached, key=lambda x: value(x).item())
+
+
+def _descend(value: Callable[[Tensor], Tensor], x: Tensor, max_steps: int) -> Tensor:
+    for _ in range(max_steps):
+        variable = x.clone().requires_grad_()
+        now = value(variable)
+        (slope,) = torch.autograd.grad(now, variable)
+        if slope.abs().max() < 1e-14 * (1 + now.abs()):
+            return x
+        curvature = torch.autograd.functional.hessian(value, x)
+        sizes, directions = torch.linalg.eigh((curvature + curvature.T) / 2)
+        # flat directions (a constant added to logits) have no slope either: any floor will do
+        step = directions @ ((directions.T @ slope) / sizes.abs().clamp_min(1e-9))
+        step = step * (8 / step.norm().clamp_min(8))
+        for _ in range(30):
+            if value(x - step) < now:
+                break
+            step = step / 2
+        else:
+            return x
+        x = x - step
+    return x

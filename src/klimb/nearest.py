@@ -1,0 +1,38 @@
+"""What was probably meant: for messages about a name that is not there, the nearest of those that are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """The end of a message about an unknown name: the one name that looks like it or begins with it, if any does.
+
+    Args:
+        name: what was written.
+        names: what could have been.
+        prefix: what is written before such names, "--" for options.
+
+    Returns:
+        " (did you mean 'it'?)", or nothing.
+
+    Example:
+        >>> nearest("learning_rat", ["seed", "learning_rate"], prefix="--")
+        " (did you mean '--learning_rate'?)"
+        >>> nearest("dataset", ["seed", "dataset_name"]), nearest("gamma", ["seed", "dataset_name"])
+        (" (did you mean 'dataset_name'?)", '')
+    """
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    if not near and len(name) > 2:  # "lr" begins lr_scheduler_type, and learning_rate was meant
+        near = [n for n in names if n.startswith(name)]
+    return f" (did you mean '{prefix}{near[0]}'?)" if near else ""
+
+
+def nearest_file(path: Path) -> str:
+    """The same for a file that is not there, from the names in its folder; or that there is no such folder either."""
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent} either"
+    return nearest(path.name, (p.name for p in path.parent.iterdir()))
