@@ -150,6 +150,9 @@ def known_numbers(pool: Pool, target: Target) -> dict[str, Tensor]:
     }
     if pool.draws.log_q is not None:
         numbers |= {"log_q": pool.draws.log_q, "log_w": log_target - pool.draws.log_q}
+    packed = pool.draws.packed_log_q
+    if packed is not None:
+        numbers["token_log_q"] = packed
     if pool.token_log_ref is not None:
         numbers["token_log_ref"] = pool.token_log_ref
     return numbers

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from klimb.config import Config
-from klimb.methods import METHODS, Method
+from klimb.methods import Method, method
 from klimb.numbers.advantages import gae_advantage
 from klimb.objectives.clip import clipped
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.generators import divergence
+from klimb.objectives.importance import importance, truncated
 
 Numbers = Callable[..., Tensor]
 
@@ -53,7 +54,7 @@ def chosen(config: Config) -> Choice:
         >>> chosen(load(None, words)).fresh_only
         True
     """
-    row: Method = METHODS[config.method]
+    row = method(config.method)
     assert row.objective is not None, config.method
     options = signature(row.objective).parameters
     fresh_only = row.unit == "reward"
@@ -75,6 +76,14 @@ def chosen(config: Config) -> Choice:
                 "out, or use a method such as ppo or grpo"
             )
         objective = partial(objective, clip=partial(now, **bounds))
+    if config.importance_cap is not None:
+        if "correct" not in options:
+            raise ValueError(
+                f"importance_cap bounds the weight between sampler and trainer, and {config.method} has none; leave it "
+                "out, or use a method such as ppo or grpo"
+            )
+        limit = partial(truncated, cap=config.importance_cap)
+        objective = partial(objective, correct=partial(importance, limit=limit))
     if fresh_only and (config.num_replay or config.replay_steps):
         raise ValueError(
             f"{config.method} learns from fresh draws alone, since its advantages hold for the policy that drew: got "
@@ -127,14 +136,14 @@ def needs_log_z(row: Method) -> bool:
     return found is not None and found.default is Parameter.empty
 
 
-def takes_forbidden(method: str) -> bool:
+def takes_forbidden(name: str) -> bool:
     """True if the method can learn where some completions are forbidden (reward -inf).
 
     Example:
         >>> takes_forbidden("forward_kl"), takes_forbidden("jensen_shannon"), takes_forbidden("log_variance")
         (True, True, False)
     """
-    objective = METHODS[method].objective
+    objective = method(name).objective
     if isinstance(objective, partial) and objective.func is f_divergence:
         return divergence(objective.keywords["f"]).takes_forbidden
-    return method in ("forward_kl", "dpg", "raft", "filtered")
+    return name in ("forward_kl", "dpg", "raft", "filtered")

@@ -37,11 +37,12 @@ def methods_(
         str | None, typer.Option(help="Only rows that claim gradient, minimiser, value or law.")
     ] = None,
     json_: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the page of the documentation.")] = False,
 ) -> None:
     """Print the table of methods: what each knows, makes small, where it stops, and where its claim ends."""
     if ctx.invoked_subcommand is not None:
         return
-    from klimb.methods import METHODS, NOT_PROVIDED
+    from klimb.methods import METHODS, NOT_PROVIDED, TARGETS
     from klimb.nearest import nearest
 
     claims = sorted({row.claim for row in METHODS.values()})
@@ -57,15 +58,26 @@ def methods_(
             if filter_.lower() in f"{name} {' '.join(map(str, row.values()))}".lower()
         }
     if json_:
-        print(json.dumps({"methods": rows, "not_provided": dict(NOT_PROVIDED)}, indent=2))
+        targets = {name: vars(row) for name, row in TARGETS.items()}
+        print(json.dumps({"methods": rows, "targets": targets, "not_provided": dict(NOT_PROVIDED)}, indent=2))
+        return
+    if markdown:
+        print(page(rows, {name: vars(row) for name, row in TARGETS.items()}, NOT_PROVIDED), end="")
         return
     if not rows:
         raise ValueError(f"--filter: no row holds {filter_!r}; klimb methods lists all {len(METHODS)}")
-    _show(rows, {} if filter_ or claim else NOT_PROVIDED)
+    whole = filter_ is None and claim is None
+    _show(
+        rows,
+        {name: vars(row) for name, row in TARGETS.items()} if whole else {},
+        NOT_PROVIDED if whole else {},
+    )
 
 
 def inspect_(
-    method: Annotated[str, typer.Argument(help="A method of the table, or your own: file.py:function.")],
+    method: Annotated[
+        str, typer.Argument(help="A method of the table, alpha(0.3), or your own: file.py:function.")
+    ],
     beta: Beta = 0.5,
     draws: Annotated[
         str, typer.Option(help="Whose: policy, reference, or other (a law that stays).")
@@ -109,22 +121,69 @@ def _objective(method: str) -> tuple[Callable[..., Any], Mapping[str, Callable[.
         from klimb.rewards.load import load_function
 
         return load_function(method), {}
-    from klimb.methods import METHODS, NOT_PROVIDED
-    from klimb.nearest import nearest
+    from klimb.methods import NOT_PROVIDED
+    from klimb.methods import method as row_of
 
     if method in NOT_PROVIDED:
         raise ValueError(f"{method}: not a method of its own, it {NOT_PROVIDED[method]}")
-    if method not in METHODS:
-        raise ValueError(
-            f"no method {method!r}{nearest(method, METHODS)}; klimb methods lists them, and your own is file.py:function"
-        )
-    row = METHODS[method]
+    row = row_of(method)
     if row.objective is None:
         raise ValueError(f"{method}: it draws and trains nothing, so there is no objective to inspect")
     return row.objective, row.derived
 
 
-def _show(rows: Mapping[str, Mapping[str, object]], not_provided: Mapping[str, str]) -> None:
+def page(
+    rows: Mapping[str, Mapping[str, object]],
+    targets: Mapping[str, Mapping[str, object]],
+    not_provided: Mapping[str, str],
+) -> str:
+    """docs/methods.md: the tables, a row a method and a row a target."""
+    columns = {
+        "knows": "knows of the target",
+        "divergence": "makes small",
+        "draws": "draws of",
+        "claim": "claim",
+        "fixed_point": "stops at",
+        "caveat": "caveat",
+        "source": "source",
+    }
+
+    def cells(*texts: object) -> str:
+        return "| " + " | ".join(str(text).replace("|", "\\|") for text in texts) + " |"
+
+    lines = [
+        "# Methods",
+        "",
+        "Every method is target x divergence x draws x family. A claim is a test that the row passes: *gradient*, its mean",
+        "update is the divergence's gradient; *minimiser*, it stops at the target for any draws of full support; *value*, it",
+        "stops at another law, which is named; *law*, its draws have the law named. A caveat is tested too.",
+        "`klimb methods inspect METHOD` finds the fixed point of any of them, or of your own `file.py:function`.",
+        "",
+        cells("method", *columns.values()),
+        "|" + "---|" * (len(columns) + 1),
+        *(cells(f"`{name}`", *(row[key] for key in columns)) for name, row in rows.items()),
+        "",
+        "## Targets",
+        "",
+        "What is said of the target above holds for each of these (`klimb.target`, from Python).",
+        "",
+        "| target | maximises | law, up to Z | caveat | source |",
+        "|---|---|---|---|---|",
+        *(cells(f"`{name}`", *row.values()) for name, row in targets.items()),
+        "",
+        "## Not rows of their own",
+        "",
+        *(f"- `{name}` {why}" for name, why in not_provided.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _show(
+    rows: Mapping[str, Mapping[str, object]],
+    targets: Mapping[str, Mapping[str, object]],
+    not_provided: Mapping[str, str],
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -136,6 +195,14 @@ def _show(rows: Mapping[str, Mapping[str, object]], not_provided: Mapping[str, s
         for label, key in (("draws", "draws"), (str(row["claim"]), "fixed_point"), ("but", "caveat")):
             table.add_row("", Text(f"{label:<9}", style="dim"), Text(str(row[key])))
         console.print(table)
+    if targets:
+        console.print("\nTargets, from Python (klimb.target):", style="bold")
+        for name, row in targets.items():
+            console.print(Text.assemble((name, "bold"), f"  {row['maximises']}"), soft_wrap=True)
+            table = Table.grid(padding=(0, 2))
+            for label, key in (("law", "law"), ("but", "caveat")):
+                table.add_row("", Text(f"{label:<9}", style="dim"), Text(str(row[key])))
+            console.print(table)
     if not_provided:
         console.print("\nNot rows of their own:", style="bold")
         table = Table.grid(padding=(0, 2))

@@ -92,6 +92,8 @@ TRAINED = (
     "cispo",
     "reinforce_pp",
 )
+FAMILIES = ("alpha", "skew_kl", "skew_reverse_kl", "generalized_js")
+"""divergences with a number of one's own: alpha(0.3)"""
 NEED_LOG_Z = frozenset(
     {
         "jensen_shannon",
@@ -190,6 +192,8 @@ class Config(BaseModel):
     """how far the ratio to the policy that drew counts (ppo, grpo, ...); left out: the method's own"""
     epsilon_high: Positive | None = None
     """the same upwards; left out: epsilon"""
+    importance_cap: Positive | None = None
+    """weights between sampler and trainer are cut here (ppo, grpo, ...); left out: the sampler is believed"""
     kl_stop: Positive | None = None
     """nats from the policy that drew at which a batch is left; left out: never"""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -280,6 +284,8 @@ class Config(BaseModel):
     def _method_is_known(cls, method: str) -> str:
         if method in UNTRAINED:
             raise ValueError(UNTRAINED[method])
+        if method.partition("(")[0] in FAMILIES and method.endswith(")"):
+            return method  # its number is looked at where the divergence is known
         if method not in TRAINED:
             raise ValueError(f"no such method{nearest(method, TRAINED)}; klimb methods lists them")
         return method
@@ -335,7 +341,7 @@ class Config(BaseModel):
     @property
     def needs_log_z(self) -> bool:
         """True if the method cannot do without log Z of each prompt, which the plan's pool gives."""
-        return self.method in NEED_LOG_Z
+        return self.method in NEED_LOG_Z or self.method.partition("(")[0] in FAMILIES
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -45,6 +45,7 @@ class Draws:
         log_q: [P, G] log-probability under the law of the draw, nats; None if that law is unknown.
         full_support: True if the law can draw every completion, False if not (top-p, filtered), None if unknown.
         own_law: True if log_q is the drawing policy's own log-probability: temperature 1, nothing filtered.
+        token_log_q: [P][G] what each token added to log_q, 1-D float32; None if nobody kept it.
     """
 
     examples: Sequence[Example]
@@ -54,6 +55,7 @@ class Draws:
     log_q: Tensor | None = None
     full_support: bool | None = None
     own_law: bool = False
+    token_log_q: Sequence[Sequence[Tensor]] | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -76,6 +78,13 @@ class Draws:
     def row(self) -> Tensor:
         """[N] which completion (p * G + g) each packed token belongs to."""
         return torch.arange(self.num_prompts * self.num_draws).repeat_interleave(self.lengths.flatten())
+
+    @property
+    def packed_log_q(self) -> Tensor | None:
+        """[N] what each packed token added to log_q, nats."""
+        if self.token_log_q is None:
+            return None
+        return torch.cat([torch.zeros(0), *(row for group in self.token_log_q for row in group)])
 
     def sequence_sums(self, per_token: Tensor) -> Tensor:
         """Sum packed per-token numbers [N] to [P, G], in float32 or wider; differentiable."""
@@ -198,6 +207,7 @@ def select(draws: Draws, index: Sequence[int] | Tensor) -> Draws:
         finished=draws.finished[index],
         texts=None if draws.texts is None else [draws.texts[i] for i in index],
         log_q=None if draws.log_q is None else draws.log_q[index],
+        token_log_q=None if draws.token_log_q is None else [draws.token_log_q[i] for i in index],
     )
 
 
@@ -212,6 +222,9 @@ def pick(draws: Draws, index: Tensor) -> Draws:
         if draws.texts is None
         else [[group[j] for j in js] for group, js in zip(draws.texts, rows, strict=True)],
         log_q=None if draws.log_q is None else draws.log_q.gather(1, index),
+        token_log_q=None
+        if draws.token_log_q is None
+        else [[group[j] for j in js] for group, js in zip(draws.token_log_q, rows, strict=True)],
     )
 
 
@@ -254,6 +267,9 @@ def _merge(parts: Sequence[Draws], combine: Callable, *, dim: int) -> Draws:
         log_q=_cat([part.log_q for part in parts], dim),
         full_support=joint_support(part.full_support for part in parts),
         own_law=all(part.own_law for part in parts),
+        token_log_q=None
+        if any(p.token_log_q is None for p in parts)
+        else combine([p.token_log_q for p in parts]),
     )
 
 

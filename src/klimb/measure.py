@@ -116,6 +116,7 @@ def certify(
         log_pi=policy_pool.draws.log_q,
         log_ref=policy_pool.draws.sequence_sums(tokens),
         token_log_ref=tokens,
+        token_log_pi=policy_pool.draws.packed_log_q,
     )
     tokens = score_tokens(policy, reference_pool, progress=progress, what="score reference draws")
     reference_pool = replace(

@@ -8,13 +8,14 @@ caveat is tested as well: by a case where a neighbour's belief fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
 
+from klimb.nearest import nearest
 from klimb.numbers.advantages import (
     gae_advantage,
     group_centred,
@@ -28,6 +29,7 @@ from klimb.numbers.advantages import (
 from klimb.objectives.bind import name_of
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
+from klimb.objectives.generators import FAMILIES, divergence
 from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sft
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.path_consistency import path_consistency
@@ -401,6 +403,115 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             fixed_point="nothing is trained",
             caveat="a bound that a reward exceeds is an error; tries grow as exp(bound / beta) / Z",
             source="von Neumann, 1951",
+        ),
+    }
+)
+
+
+def method(name: str) -> Method:
+    """The row of this name; a divergence with a number of one's own, as alpha(0.3), is a row too.
+
+    Raises:
+        ValueError: no such row, or the number is outside the divergence's domain.
+
+    Example:
+        >>> method("alpha(0.3)").objective.keywords["f"]
+        'alpha(0.3)'
+        >>> method("skew_kl(2)")
+        Traceback (most recent call last):
+        ...
+        ValueError: skew_kl: got 2.0, expected a number strictly between 0 and 1 (0 is forward_kl, 1 is zero everywhere)
+    """
+    if name in METHODS:
+        return METHODS[name]
+    stem = name.partition("(")[0]
+    if stem not in FAMILIES:
+        raise ValueError(f"no method {name!r}{nearest(name, METHODS)}; klimb methods lists them")
+    divergence(name)
+    like = next(
+        (row for other, row in METHODS.items() if other.startswith(f"{stem}(")), METHODS["skew_kl(0.1)"]
+    )
+    return replace(like, objective=partial(f_divergence, f=name, baseline=None))
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A row of the table of targets: what is maximised, which law that is, and where it stops being what people think.
+
+    Attributes:
+        maximises: the objective that the law maximises.
+        law: the target, up to its normaliser.
+        caveat: what to mind.
+        source: authors, year.
+    """
+
+    maximises: str
+    law: str
+    caveat: str
+    source: str
+
+
+TARGETS: Mapping[str, Destination] = MappingProxyType(
+    {
+        "tilt": Destination(
+            maximises="E r - beta KL(pi||ref)",
+            law="ref exp(r / beta)",
+            caveat="no target at beta = 0",
+            source="Korbak, Perez, Buckley, 2022",
+        ),
+        "entropy_bonus": Destination(
+            maximises="E r - beta KL(pi||ref) + bonus H(pi)",
+            law="(ref exp(r / beta)) to the power beta / (beta + bonus)",
+            caveat="another reference, flatter than ref: at r = 0 it is not ref",
+            source="Haarnoja et al., 2018",
+        ),
+        "moving_reference": Destination(
+            maximises="E r - step KL(pi||the last round's policy)",
+            law="the last policy times exp(r / step)",
+            caveat="k rounds are the tilt of ref at step / k: without an anchor beta goes to zero",
+            source="Gorbatovski et al., 2024",
+        ),
+        "standardized": Destination(
+            maximises="E r / sd - beta KL(pi||ref)",
+            law="ref exp(r / (beta sd)), a beta a prompt",
+            caveat="with the policy's own sd and rewards of 0 and 1 there may be no fixed point inside",
+            source="Shao et al., 2024; Mroueh, 2025",
+        ),
+        "length_normalized": Destination(
+            maximises="E r / length - beta KL(pi||ref)",
+            law="ref exp(r / (length beta))",
+            caveat="a constant added to r moves it: long completions pay less for a negative reward",
+            source="Meng, Xia, Chen, 2024",
+        ),
+        "mixture": Destination(
+            maximises="E r - beta KL(pi||(1 - a) ref + a other)",
+            law="((1 - a) ref + a other) exp(r / beta)",
+            caveat="needs both policies' log-probabilities of every draw",
+            source="klimb",
+        ),
+        "geometric_mixture": Destination(
+            maximises="-(1 - a) KL(pi||ref) - a KL(pi||other)",
+            law="ref^(1 - a) other^a; of a tilt at beta, the tilt at beta / a",
+            caveat="of sequences: mixing logits token by token is only near it",
+            source="Liu et al., 2024",
+        ),
+        "chi_squared": Destination(
+            maximises="E r - (beta / 2) chi2(pi||ref)",
+            law="ref relu((r - nu) / beta)",
+            caveat="zero where the reward is low: forward_kl only; beta KL(pi||p) is not its gap",
+            source="Huang et al., 2025",
+        ),
+        "forbid": Destination(
+            maximises="E r - beta KL(pi||ref), forbidden completions excluded",
+            law="ref exp(r / beta) where allowed",
+            caveat="-inf: forward_kl, dpg and the divergences that stay finite there",
+            source="Khalifa, Elsahar, Dymetman, 2021",
+        ),
+        "moment_tilt": Destination(
+            maximises="-KL(pi||ref) with the means of features fixed",
+            law="ref exp(lambda . features), lambda by Newton on the dual",
+            caveat="a goal outside what the pool reaches has no lambda, and is refused",
+            source="Khalifa, Elsahar, Dymetman, 2021",
         ),
     }
 )

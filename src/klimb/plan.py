@@ -131,7 +131,7 @@ def draw_pool(
                 "and measuring need the policy's own draws"
             )
         rewards = score(reward, draws)
-        parts.append(Pool(draws, rewards.total, draws.log_q, rewards.parts))
+        parts.append(Pool(draws, rewards.total, draws.log_q, rewards.parts, token_log_ref=draws.packed_log_q))
         progress(what, min(start + at_once, len(examples)) * num_draws, total)
     return stack_pools(parts)
 

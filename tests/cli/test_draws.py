@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from klimb.config import load
-from klimb.run import run_train
+from klimb.loaded import prepare
+from klimb.run import run_plan, run_train
 from klimb.store import read_draws, read_json, read_jsonl
 
 STEPS = 3
@@ -36,6 +37,17 @@ def test_fresh_draws_keep_what_each_token_cost_under_reference_and_policy(tiny_r
         assert apart < 1e-6 if step == 1 else apart > 1e-3
     frame = pd.read_parquet(run / "draws/train-000001.parquet")
     assert [len(row) for row in frame["token_log_pi"]] == [len(row) for row in frame["tokens"]]
+
+
+def test_a_plans_draws_keep_what_each_token_cost_under_the_reference(tiny_run, options, other_model):
+    config = load(None, options({**tiny_run, "reference": str(other_model)}))
+    stored = read_draws(run_plan(config).path / "draws/plan.parquet")
+    assert torch.allclose(sums(stored.draws, stored.token_log_ref), stored.log_ref, atol=1e-5)
+    loaded = prepare(config)
+    with torch.no_grad():
+        scored, others = (who.log_prob(stored.draws) for who in (loaded.reference, loaded.policy))
+    assert torch.allclose(stored.token_log_ref, scored, atol=1e-5)
+    assert not torch.allclose(stored.token_log_ref, others, atol=1e-2)
 
 
 def test_the_mutant_that_takes_the_kept_draws_tokens_for_the_fresh_ones_is_noticed(

@@ -1,6 +1,7 @@
 """klimb methods and klimb methods inspect, as they are typed."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,13 @@ def test_the_table_and_its_filters(klimb):
     status, out, _ = klimb("methods", "--filter", "Lambert")
     assert "pmd_mean" in out
     assert "log_variance" not in out
+
+
+def test_the_page_of_the_documentation_is_the_table(klimb):
+    _, out, _ = klimb("methods", "--markdown")
+    assert out == (Path(__file__).parents[2] / "docs/methods.md").read_text(), (
+        "klimb methods --markdown > docs/methods.md"
+    )
 
 
 def test_inspect_a_row(klimb):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from klimb.exact.linter import inspect, toy, verdict
-from klimb.methods import METHODS, NOT_PROVIDED
+from klimb.methods import METHODS, NOT_PROVIDED, TARGETS
 from klimb.objectives import kl_loss
 from klimb.objectives.kl_penalty import k1
 from klimb.objectives.surrogate import ppo
@@ -119,3 +119,9 @@ def test_a_constant_added_to_every_reward_changes_no_fixed_point(name):
     here = inspect(row.objective, TOY, num_draws=2, derived=row.derived, max_steps=60)
     torch.testing.assert_close(at.fixed_point, here.fixed_point, rtol=1e-6, atol=1e-6)
     assert abs(at.alignment - here.alignment) < 1e-9
+
+
+def test_every_target_is_one_that_can_be_made():
+    import klimb.target
+
+    assert all(callable(getattr(klimb.target, name)) for name in TARGETS)

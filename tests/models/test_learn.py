@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from klimb.choice import chosen, needs_log_z, takes_forbidden
-from klimb.config import NEED_LOG_Z, TRAINED, UNTRAINED, load
+from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load
 from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
 from klimb.methods import METHODS
 from klimb.models.critic import Critic
 from klimb.models.families import lora
-from klimb.objectives import log_variance
+from klimb.objectives import generators, log_variance
 from klimb.samplers.ancestral import ancestral
 from klimb.target import tilt
 from klimb.train import train
@@ -194,7 +194,9 @@ def test_the_configuration_knows_the_table():
     assert set(TRAINED) | set(UNTRAINED) == set(METHODS)
     assert set(TRAINED) <= rows
     assert {name for name in TRAINED if needs_log_z(METHODS[name])} == set(NEED_LOG_Z)
+    assert set(FAMILIES) == set(generators.FAMILIES)
     assert takes_forbidden("forward_kl")
+    assert takes_forbidden("alpha(0.3)")
     assert not takes_forbidden("reverse_kl")
 
 
@@ -203,9 +205,12 @@ def test_the_configuration_knows_the_table():
     [
         ({"method": "ppo", "num_replay": 4}, "learns from fresh draws alone"),
         ({"method": "forward_kl", "clip": 3}, "has none"),
+        ({"method": "alpha(1)"}, "alpha: got 1.0"),
+        ({"method": "skew_kl(2)"}, "skew_kl"),
         ({"method": "ppo", "num_replay": 0, "clip": 3}, "has none"),
         ({"method": "log_variance", "epsilon": 0.2}, "does not clip it"),
         ({"method": "cispo", "num_replay": 0, "epsilon": 0.2}, "does not clip it"),
+        ({"method": "reverse_kl", "importance_cap": 2}, "has none"),
         ({"method": "pmd_mean", "num_replay": 0, "num_iterations": 2}, "does not know how old"),
     ],
 )
@@ -214,6 +219,32 @@ def test_options_that_a_method_does_not_have(options, said):
     config = load(None, ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", *words])
     with pytest.raises(ValueError, match=said):
         chosen(config)
+
+
+def test_a_cap_between_sampler_and_trainer_reaches_the_objective(policies):
+    """The sampler states another law than the trainer finds: the weight is cut at the cap, and leaves its mark."""
+    policy, _ = policies
+    words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--method", "dr_grpo"]
+    draws = ancestral(
+        policy, EXAMPLES, 8, generator=torch.Generator().manual_seed(2), max_completion_length=2
+    )
+    tokens = policy.log_prob(draws).detach()
+    known = {
+        "lengths": draws.lengths,
+        "reward": torch.randn(2, 8, generator=torch.Generator().manual_seed(3)),
+        "log_target": draws.log_q,
+        "beta": torch.tensor(1.0),
+    }
+    norms = {}
+    for off, cap in ((0.0, 2), (1.0, 2), (1.0, 100)):  # the sampler thinks each token e times less likely
+        choice = chosen(load(None, [*words, "--importance_cap", str(cap)]))
+        recipe = Recipe(choice.objective, choice.derived, in_nats=False, max_grad_norm=1e9)
+        optimizer = torch.optim.SGD(policy.trainable, lr=0.0)
+        seen = {**known, "token_log_q": tokens - off}
+        _, moved = learn(policy, draws, seen, recipe, optimizer, num_fresh=8, generator=torch.Generator())
+        norms[off, cap] = moved["grad_norm"]
+    assert abs(norms[1.0, 2] / norms[0.0, 2] - 2) < 1e-3
+    assert abs(norms[1.0, 100] / norms[0.0, 2] - 2.71828) < 1e-3
 
 
 def test_a_bound_on_the_ratio_reaches_the_objective():

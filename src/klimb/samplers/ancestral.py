@@ -76,17 +76,21 @@ def ancestral(
     order = sorted(range(len(examples)), key=lambda p: len(prompts[p]))
     at_once = max(1, batch_rows // num_draws)
     completions: list[list[Tensor]] = [[] for _ in examples]
+    token_log_q: list[list[Tensor]] = [[] for _ in examples]
     log_q = torch.zeros(len(examples), num_draws, dtype=torch.float64)
     for start in range(0, len(order), at_once):
         group = order[start : start + at_once]
         rows = torch.cat([uniforms[p * num_draws : (p + 1) * num_draws] for p in group]).to(policy.device)
-        tokens, lengths, log_prob = _decode(
+        tokens, lengths, log_prob, per_token = _decode(
             policy, [examples[p] for p in group], num_draws, rows, temperature=temperature, top_p=top_p
         )
         for i, p in enumerate(group):
             here = slice(i * num_draws, (i + 1) * num_draws)
             completions[p] = [
                 t[:n].clone() for t, n in zip(tokens[here], lengths[here].tolist(), strict=True)
+            ]
+            token_log_q[p] = [
+                t[:n].clone() for t, n in zip(per_token[here], lengths[here].tolist(), strict=True)
             ]
             log_q[p] = log_prob[here]
     if bool(log_q.isnan().any()):
@@ -103,6 +107,7 @@ def ancestral(
         log_q=log_q.float(),
         full_support=top_p >= 1.0,
         own_law=temperature == 1.0 and top_p >= 1.0,
+        token_log_q=token_log_q,
     )
 
 
@@ -114,12 +119,13 @@ def _decode(
     *,
     temperature: float,
     top_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [R, T], lengths [R] and sequence log-probabilities [R] of R = P * G rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens [R, T], lengths [R], log-probabilities of sequences [R] and tokens [R, T] of R = P * G rows."""
     num_rows, longest = uniforms.shape
     tokens = torch.zeros(num_rows, longest, dtype=torch.int64, device=policy.device)
     lengths = torch.zeros(num_rows, dtype=torch.int64, device=policy.device)
     log_q = torch.zeros(num_rows, dtype=torch.float64, device=policy.device)
+    per_token = torch.zeros(num_rows, longest, device=policy.device)
     end = torch.tensor(policy.end, device=policy.device)
     head, body = policy.head, policy.body
     with policy.activate():
@@ -132,6 +138,7 @@ def _decode(
                 head.logits(hidden), uniforms[rows, step], temperature=temperature, top_p=top_p
             )
             tokens[rows, step] = chosen
+            per_token[rows, step] = log_prob.float()
             lengths[rows[running]] = step + 1
             log_q[rows[running]] += log_prob[running]
             running = running & ~torch.isin(chosen, end)
@@ -151,7 +158,7 @@ def _decode(
                 use_cache=True,
             ).last_hidden_state[:, -1]
             position = position + 1
-    return tokens.cpu(), lengths.cpu(), log_q.cpu()
+    return tokens.cpu(), lengths.cpu(), log_q.cpu(), per_token.cpu()
 
 
 def draw_tokens(

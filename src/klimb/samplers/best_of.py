@@ -52,4 +52,6 @@ def best_of(
     draws = sampler(policy, examples, num_draws * n, generator=generator)
     rewards = score(reward, draws).total.reshape(len(examples), num_draws, n)
     index = rewards.argmax(2) + torch.arange(num_draws) * n
-    return replace(pick(draws, index), log_q=None, full_support=draws.full_support, own_law=False)
+    return replace(
+        pick(draws, index), log_q=None, token_log_q=None, full_support=draws.full_support, own_law=False
+    )

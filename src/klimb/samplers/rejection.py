@@ -100,4 +100,10 @@ def _one(
         if len(index):
             kept.append(pick(draws, index[None]))
     whole = select(join(kept), [0])
-    return replace(pick(whole, torch.arange(num_draws)[None]), log_q=None, full_support=True, own_law=False)
+    return replace(
+        pick(whole, torch.arange(num_draws)[None]),
+        log_q=None,
+        token_log_q=None,
+        full_support=True,
+        own_law=False,
+    )
