@@ -95,6 +95,7 @@ def learn(
             known |= _old_numbers(draws, known, old, num_fresh)
             known["old_values"] = torch.zeros_like(old)
             if recipe.critic is not None:
+                hidden = hidden.to("cpu")  # where the critic and the packed numbers are
                 known |= {"token_hidden": hidden, "old_values": recipe.critic(hidden).to(old)}
         num_fresh = 0  # from here on the first draws are as old as the others
     for name, function in derived.items():

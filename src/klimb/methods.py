@@ -78,6 +78,20 @@ class Method:
         }
 
 
+def _f_divergence(name: str, divergence: str, *, caveat: str, source: str = "Go et al., 2023") -> Method:
+    """A row of `f_divergence`; a good log Z is the baseline, and leave-one-out beside it would be noise."""
+    return Method(
+        knows="density and log Z",
+        divergence=f"{divergence}, score function",
+        draws="the policy, or any known law",
+        claim="gradient",
+        fixed_point="the target",
+        caveat=caveat,
+        source=source,
+        objective=partial(f_divergence, f=name, baseline=None),
+    )
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "log_variance": Method(
@@ -110,85 +124,47 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="Khalifa, Elsahar, Dymetman, 2021",
             objective=forward_kl,
         ),
-        "jensen_shannon": Method(
-            knows="density and log Z",
-            divergence="Jensen-Shannon, score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "jensen_shannon": _f_divergence(
+            "jensen_shannon",
+            "Jensen-Shannon",
             caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
-            source="Go et al., 2023",
-            objective=partial(f_divergence, f="jensen_shannon", baseline=None),
         ),
-        "total_variation": Method(
-            knows="density and log Z",
-            divergence="total variation, score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "total_variation": _f_divergence(
+            "total_variation",
+            "total variation",
             caveat="its gradient is a sign: noise does not fade at the target, and a wrong log Z moves where it stops",
-            source="Go et al., 2023",
-            objective=partial(f_divergence, f="total_variation", baseline=None),
         ),
-        "chi2_reverse": Method(
-            knows="density and log Z",
-            divergence="chi-squared of pi from p, score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "chi2_reverse": _f_divergence(
+            "chi2_reverse",
+            "chi-squared of pi from p",
             caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient; far draws overflow",
-            source="Go et al., 2023",
-            objective=partial(f_divergence, f="chi2_reverse", baseline=None),
         ),
-        "chi2_forward": Method(
-            knows="density and log Z",
-            divergence="chi-squared of p from pi, score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "chi2_forward": _f_divergence(
+            "chi2_forward",
+            "chi-squared of p from pi",
             caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient; explodes where the policy lacks what the target has",
-            source="Go et al., 2023",
-            objective=partial(f_divergence, f="chi2_forward", baseline=None),
         ),
-        "squared_hellinger": Method(
-            knows="density and log Z",
-            divergence="squared Hellinger distance, score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "squared_hellinger": _f_divergence(
+            "squared_hellinger",
+            "squared Hellinger distance",
             caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient",
-            source="Go et al., 2023",
-            objective=partial(f_divergence, f="squared_hellinger", baseline=None),
         ),
-        "alpha(0.5)": Method(
-            knows="density and log Z",
-            divergence="alpha divergence, any a but 0 and 1, score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "alpha(0.5)": _f_divergence(
+            "alpha(0.5)",
+            "alpha divergence, any a but 0 and 1",
             caveat="a wrong log Z weighs prompts differently, and turns no prompt's gradient",
-            source="Go et al., 2023",
-            objective=partial(f_divergence, f="alpha(0.5)", baseline=None),
         ),
-        "skew_kl(0.1)": Method(
-            knows="density and log Z",
-            divergence="KL(p||a p + (1 - a) pi), any a in (0, 1), score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "skew_kl(0.1)": _f_divergence(
+            "skew_kl(0.1)",
+            "KL(p||a p + (1 - a) pi), any a in (0, 1)",
             caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
             source="Lee, 2001; Ko et al., 2024",
-            objective=partial(f_divergence, f="skew_kl(0.1)", baseline=None),
         ),
-        "generalized_js(0.1)": Method(
-            knows="density and log Z",
-            divergence="generalised Jensen-Shannon, any b in (0, 1), score function",
-            draws="the policy, or any known law",
-            claim="gradient",
-            fixed_point="the target",
+        "generalized_js(0.1)": _f_divergence(
+            "generalized_js(0.1)",
+            "generalised Jensen-Shannon, any b in (0, 1)",
             caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
             source="Agarwal et al., 2024",
-            objective=partial(f_divergence, f="generalized_js(0.1)", baseline=None),
         ),
         "trajectory_balance": Method(
             knows="density and log Z, known or learned",

@@ -106,12 +106,12 @@ class CausalPolicy:
         return self.log_prob_and_hidden(draws)[0]
 
     def log_prob_and_hidden(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """`log_prob` [N] and the `hidden` states [N, D] it was taken from, on the CPU."""
+        """`log_prob` [N] on the CPU, and the `hidden` states [N, D] it was taken from, where they are."""
         if not draws.examples:
             return torch.zeros(0), torch.zeros(0, 0)
         tokens = torch.cat([ids for group in draws.completions for ids in group]).to(self.device)
         hidden = self.hidden(draws)
-        return token_log_prob(hidden, self.head, tokens).to("cpu"), hidden.to("cpu")
+        return token_log_prob(hidden, self.head, tokens).to("cpu"), hidden
 
     def _hidden(self, draws: Draws) -> Tensor:
         first, cache, mask, position = self.read_prompts(draws.examples, draws.num_draws)
