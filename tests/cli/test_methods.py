@@ -43,7 +43,7 @@ def test_inspect_your_own(klimb, tmp_path):
     file.write_text("def half(log_pi, log_target):\n    return (log_target - log_pi).var(1) / 2\n")
     status, out, _ = klimb("methods", "inspect", f"{file}:half", "--num-draws", "2")
     assert status == 0
-    assert "stops at the target" in out
+    assert "stops at the target" in " ".join(out.split())  # a long path breaks the line anywhere
 
 
 @pytest.mark.parametrize(

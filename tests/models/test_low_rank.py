@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.autograd import gradcheck
 
-from klimb.models.low_rank import fuse_adapters, low_rank_linear
+from klimb.models.low_rank import fuse_adapters, low_rank_linear, merged
 
 
 def numbers(bias):
@@ -71,3 +71,49 @@ def test_it_is_in_use():
     x = torch.randn(7, 5, requires_grad=True)
     assert len(layers) == 2
     assert "LowRank" in type(layers[0](x).grad_fn).__name__
+
+
+def test_merged_for_drawing_says_the_same_and_leaves_nothing_behind():
+    own = wrapped()
+    fuse_adapters(own)
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
+    before, weights = own(x).detach(), {name: w.clone() for name, w in own.state_dict().items()}
+    with merged(own):
+        inside = own(x)
+        assert own.state_dict().keys() == weights.keys()
+        with torch.no_grad():
+            own.base_model.model[0].lora_B["policy"].weight.add_(1.0)  # what is merged no longer follows
+        assert torch.equal(own(x), inside)
+    assert (own(x) - before).abs().max() > 1e-2
+    own.load_state_dict(weights)
+    torch.testing.assert_close(inside, before, rtol=1e-5, atol=1e-6)
+    assert torch.equal(own(x), before)
+
+
+def test_merged_does_nothing_where_it_would_round_or_the_adapter_is_off():
+    own = wrapped()
+    fuse_adapters(own)
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
+    with own.disable_adapter():
+        off = own(x)
+        with merged(own):
+            assert torch.equal(own(x), off)
+    own = own.to(torch.bfloat16)
+    spoken = own(x.bfloat16())
+    with merged(own):
+        assert torch.equal(own(x.bfloat16()), spoken)
+        assert not any("whole" in m.__dict__ for m in own.modules())
+
+
+def test_an_error_while_drawing_takes_the_merged_weights_away():
+    own = wrapped()
+    fuse_adapters(own)
+
+    def draw():
+        with merged(own):
+            assert sum("whole" in m.__dict__ for m in own.modules()) == 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw()
+    assert not any("whole" in m.__dict__ for m in own.modules())

@@ -5,10 +5,11 @@ The measure of it is the one expression it stands for, with autograd: log_softma
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from klimb.models import logprob
 from klimb.models.logprob import Head, token_log_prob
 
 N, D, V = 300, 16, 77
@@ -20,6 +21,13 @@ HEADS = {
     "softcap": {"softcap": 3.0},
     "all": {"bias": True, "scale": 1.7, "softcap": 5.0},
 }
+
+
+@pytest.fixture(autouse=True, params=[1024, 32], ids=["one block", "three blocks"])
+def block(request, monkeypatch):
+    """Tokens of the vocabulary that are taken together."""
+    monkeypatch.setattr(logprob, "CPU_VOCABULARY", request.param)
+    return request.param
 
 
 def make(kind="plain", *, dtype=torch.float64, trained=False, shape=(N, D, V), spread=1.0):
@@ -110,7 +118,12 @@ def test_roads_with_and_without_gradient_give_the_same_bits(kind):
 
 
 @given(rows=st.integers(1, 400), kind=st.sampled_from(sorted(HEADS)), trained=st.booleans())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_rows_held_at_a_time_change_nothing(rows, kind, trained):
     hidden, head, tokens = make(kind, trained=trained)
     usual = token_log_prob(hidden, head, tokens)
@@ -122,6 +135,19 @@ def test_rows_held_at_a_time_change_nothing(rows, kind, trained):
         strict=True,
     ):
         assert (a - b).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_tokens_that_the_head_rules_out_have_no_mass(trained):
+    hidden, head, tokens = make("bias", trained=trained)
+    with torch.no_grad():
+        head.bias[:40] = -torch.inf  # a padded vocabulary; the whole first block of three
+    tokens = tokens.clamp(min=40)
+    found, expected = token_log_prob(hidden, head, tokens), expression(hidden, head, tokens)
+    assert (found - expected).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    (same,) = torch.autograd.grad(expected.sum(), hidden)
+    assert (gradient - same).abs().max() < 1e-11
 
 
 def test_extreme_logits_stay_finite():
@@ -166,7 +192,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("kind", ["plain", "all"])
-def test_no_tensor_is_as_large_as_all_logits(kind, trained):
+def test_no_tensor_is_as_large_as_all_logits(kind, trained, block):
     n, d, v, rows = 1024, 8, 500, 128
     hidden, head, tokens = make(kind, trained=trained, shape=(n, d, v))
 
@@ -175,7 +201,9 @@ def test_no_tensor_is_as_large_as_all_logits(kind, trained):
             function().sum().backward()
         return seen.numel
 
-    assert largest(lambda: token_log_prob(hidden, head, tokens, rows=rows)) == rows * v
+    assert largest(lambda: token_log_prob(hidden, head, tokens, rows=rows)) == max(
+        rows * min(v, block), n * d
+    )
     assert (
         largest(lambda: expression(hidden, head, tokens)) == n * v
     )  # the mutant, and the proof of the meter

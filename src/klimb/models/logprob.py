@@ -1,16 +1,17 @@
 """Log-probabilities of given tokens from hidden states, without ever holding all logits.
 
 N packed tokens, D hidden width, V vocabulary. Logits of N x V would be the largest tensor of a training step
-(2048 tokens of a 49152-word vocabulary: 400 MB in float32, and as much again for its gradient), so they are formed
-about 128 rows at a time. Where the head is frozen, the gradient with respect to the hidden state,
-head[token] - sum_v p_v head[v], is formed while those logits are at hand: the backward pass is one product with a
-number a row.
+(2048 tokens of a 49152-word vocabulary: 400 MB in float32, and as much again for its gradient). They are formed for
+a few rows at a time and, on a CPU, for one block of the vocabulary at a time, so that a block is still in the
+processor's cache when its exponentials are summed: the sum goes on from block to block, rescaled whenever the largest
+logit so far grows. Where the head is frozen, the gradient with respect to the hidden state, head[token] - sum_v p_v head[v], grows
+along in the same way: the backward pass is one product with a number a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 ROWS = 128
-VOCABULARY = 2048
-"""tokens of the vocabulary in one product on a CPU: one product over all of them leaves the cache"""
+"""hidden states in one product, where all logits of a state are formed at once"""
+CPU_ROWS, CPU_VOCABULARY = 512, 1024
+"""the same on a CPU, and the tokens of the vocabulary in one block: their logits take 2 MB"""
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,21 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, D] -> [n, V] in float32 or wider."""
-        raw = self._raw(hidden)
+        return torch.cat([block._logits(hidden) for block in self.blocks()], 1)
+
+    def blocks(self) -> list[Head]:
+        """The head of each block of the vocabulary, in order; a single one where there is no cache to stay in."""
+        if self.weight.device.type != "cpu":
+            return [self]
+        weights = self.weight.split(CPU_VOCABULARY)
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(CPU_VOCABULARY)
+        return [replace(self, weight=w, bias=b) for w, b in zip(weights, biases, strict=True)]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         raw = raw * self.scale if self.scale != 1.0 else raw
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
-
-    def _raw(self, hidden: Tensor) -> Tensor:
-        if hidden.device.type != "cpu":
-            return torch.nn.functional.linear(hidden, self.weight, self.bias)
-        weights = self.weight.split(VOCABULARY)
-        biases = [None] * len(weights) if self.bias is None else self.bias.split(VOCABULARY)
-        return torch.cat(
-            [torch.nn.functional.linear(hidden, w, b) for w, b in zip(weights, biases, strict=True)], 1
-        )
 
     @property
     def frozen(self) -> bool:
@@ -56,14 +60,14 @@ class Head:
         return not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
 
 
-def token_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, rows: int = ROWS) -> Tensor:
+def token_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, rows: int | None = None) -> Tensor:
     """The log-probability log softmax(head(hidden))[token] of each packed token.
 
     Args:
         hidden: [N, D] the states that predict the tokens.
         head: the output embedding.
         tokens: [N] int64.
-        rows: how many logit rows are held at a time.
+        rows: how many hidden states go through the head together; left out: what suits the device.
 
     Returns:
         [N] nats, float32 or wider; differentiable in `hidden` and, where it is trained, in the head.
@@ -73,31 +77,60 @@ def token_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, rows: int = RO
         >>> token_log_prob(torch.zeros(1, 3), head, torch.tensor([2])).exp()
         tensor([0.3333])
     """
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or not head.frozen)
-    if not wants_grad:
-        return _by_rows(lambda h, t: _log_prob(head, h, t), hidden, tokens, rows)
-    if head.frozen and head.softcap is None:
+    rows = rows or (CPU_ROWS if hidden.device.type == "cpu" else ROWS)
+    if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and head.softcap is None:
         return _FrozenHead.apply(hidden, tokens, head, rows)
-    return _by_rows(
-        lambda h, t: checkpoint(lambda a, b: _log_prob(head, a, b), h, t, use_reentrant=False),
-        hidden,
-        tokens,
-        rows,
-    )
+    parts = [_log_prob(head, h, t) for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def _log_prob(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
     # the same operations as in _FrozenHead, so that both roads give the same bits
-    logits = head.logits(hidden)
-    logits = logits - logits.detach().amax(1, keepdim=True)
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.exp().sum(1).log()
+    found = _start(hidden)
+    for block in head.blocks():
+        step = partial(_after, block, hidden, tokens)
+        # differentiated, a block's logits are formed once more in the backward pass instead of being kept
+        found = checkpoint(step, found, use_reentrant=False) if torch.is_grad_enabled() else step(found)
+    return found.chosen - found.total.log()
 
 
-def _by_rows(
-    function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, tokens: Tensor, rows: int
-) -> Tensor:
-    parts = [function(h, t) for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+@dataclass(frozen=True)
+class _Sum:
+    """What is known of the softmax of some rows after some blocks of the vocabulary, all [n]."""
+
+    seen: int
+    """tokens of the vocabulary gone through"""
+    largest: Tensor
+    """logit; not differentiated, it cancels"""
+    total: Tensor
+    """sum of exp(logit - largest)"""
+    chosen: Tensor
+    """logit of the row's own token, less `largest`; until its block has come, it means nothing"""
+
+
+def _start(hidden: Tensor) -> _Sum:
+    zero = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return _Sum(0, torch.full_like(zero, torch.finfo(zero.dtype).min), zero, zero)
+
+
+def _after(block: Head, hidden: Tensor, tokens: Tensor, before: _Sum) -> _Sum:
+    """One block further."""
+    return _onward(before, block._logits(hidden), tokens)[0]
+
+
+def _onward(before: _Sum, logits: Tensor, tokens: Tensor) -> tuple[_Sum, Tensor, Tensor]:
+    """One block further; also exp(logits - largest) [n, v], and what all sums before were multiplied by [n]."""
+    largest = torch.maximum(before.largest, logits.detach().amax(1))
+    shrunk = before.largest - largest
+    factor = shrunk.exp()
+    logits = logits - largest[:, None]
+    column = tokens - before.seen
+    here = (column >= 0) & (column < logits.shape[1])
+    own = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    mass = logits.exp() if logits.requires_grad else logits.exp_()
+    total = before.total * factor + mass.sum(1)
+    chosen = torch.where(here, own, before.chosen + shrunk)
+    return _Sum(before.seen + logits.shape[1], largest, total, chosen), mass, factor
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -106,16 +139,18 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, tokens: Tensor, head: Head, rows: int) -> Tensor:
         values, gradient = [], torch.empty_like(hidden)
+        blocks = head.blocks()
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
-            logits = head.logits(hidden[piece])
-            logits -= logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, tokens[piece, None])[:, 0]
-            total = logits.exp_().sum(1)
-            values.append(chosen - total.log())
-            minus_p = logits.div_(-total[:, None])
-            minus_p.scatter_add_(1, tokens[piece, None], torch.ones_like(chosen)[:, None])
-            gradient[piece] = (minus_p.to(head.weight.dtype) @ head.weight) * head.scale
+            states, ids = hidden[piece], tokens[piece]
+            found = _start(states)
+            mean = found.total.new_zeros(states.shape)  # sum of mass times the head's rows
+            for block in blocks:
+                found, mass, factor = _onward(found, block._logits(states), ids)
+                mean = mean.mul_(factor[:, None]).add_(mass.to(head.weight.dtype) @ block.weight)
+            values.append(found.chosen - found.total.log())
+            mean.div_(found.total[:, None])
+            gradient[piece] = (head.weight[ids].to(mean.dtype) - mean).mul_(head.scale)
         ctx.save_for_backward(gradient)
         return torch.cat(values) if values else hidden.new_zeros(0, dtype=torch.float32)
 

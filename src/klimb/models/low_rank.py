@@ -4,11 +4,14 @@ peft builds it from five operations, two of which write a tensor as large as y a
 backward pass. Here the scale goes onto the narrow x A' [N, r], and the adapter's share is added inside the product
 that makes it. Only x and x A' are kept for the backward pass, which forms no gradient of the frozen weight.
 
-Same numbers as peft up to rounding; what is saved and loaded remains peft's.
+Same numbers as peft up to rounding; what is saved and loaded remains peft's. For drawing, where every token passes
+every layer by itself, `merged` puts the adapters into the weights for as long as it lasts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,18 +82,54 @@ def fuse_adapters(wrapped: nn.Module) -> None:
             layer.forward = partial(_forward, layer)
 
 
+@contextmanager
+def merged(model: nn.Module) -> Generator[None]:
+    """Within this context the active adapters of fused layers lie inside their layers' weights: one product a layer.
+
+    W + s B A is formed once, beside W, in memory as large as the adapted weights; x W' + s (x A') B' would be formed for
+    every token drawn. Nothing is written into the model, so leaving the context restores it exactly. In float32 or
+    wider only: bfloat16 would round small adapters away, and what is drawn must follow what is scored.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if _fused(layer)]
+    try:
+        for layer in layers:
+            weight, adapter = layer.base_layer.weight.detach(), _adapter(layer)
+            if adapter is not None and torch.finfo(weight.dtype).bits >= 32:
+                a, b, scale = adapter
+                if a.dtype == weight.dtype:
+                    layer.whole = torch.addmm(weight, b.detach(), a.detach(), alpha=scale)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("whole", None)
+
+
+def _fused(layer: nn.Module) -> bool:
+    forward = layer.__dict__.get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
+
+
+def _adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and scale of the adapter that is on, if there is one and all it does is to add s (x A') B'."""
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    if layer.disable_adapters or layer.merged or name not in layer.lora_A or layer.lora_bias.get(name):
+        return None
+    if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout):
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    base, active = layer.base_layer, layer.active_adapters
+    base = layer.base_layer
     if layer.disable_adapters:
         return base(x)
-    name = active[0] if len(active) == 1 else None
-    plain = (
-        name in layer.lora_A
-        and not (layer.merged or args or kwargs or layer.lora_bias.get(name))
-        and not (layer.training and isinstance(layer.lora_dropout[name], nn.Dropout))
-        and base.weight.dtype == x.dtype == layer.lora_A[name].weight.dtype
-    )
-    if not plain or base.weight.requires_grad:
+    whole = layer.__dict__.get("whole")
+    if whole is not None:
+        return nn.functional.linear(x, whole, base.bias)
+    adapter = _adapter(layer)
+    if adapter is None or args or kwargs or base.weight.requires_grad:
         return type(layer).forward(layer, x, *args, **kwargs)
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return low_rank_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+    a, b, scale = adapter
+    if not base.weight.dtype == x.dtype == a.dtype:
+        return type(layer).forward(layer, x)
+    return low_rank_linear(x, base.weight, base.bias, a, b, scale)

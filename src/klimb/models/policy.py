@@ -19,6 +19,7 @@ from torch import Tensor
 from klimb.data import Draws, Example, chunks
 from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
+from klimb.models.room import remembering
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ class CausalPolicy:
                 input_ids=ids.to(self.device),
                 attention_mask=torch.cat([mask, here.to(mask.dtype)], 1),
                 position_ids=position[:, None] + step,
-                past_key_values=cache,
-                use_cache=True,
+                **remembering(self.model, cache),
             ).last_hidden_state
             hidden = torch.cat([hidden, later], 1)
         kept = torch.arange(width + 1, device=self.device) < lengths[:, None]
@@ -162,8 +162,7 @@ class CausalPolicy:
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
+            **remembering(self.model, cache),
         )
         cache.batch_repeat_interleave(num_draws)
         last = out.last_hidden_state[:, -1].repeat_interleave(num_draws, 0)

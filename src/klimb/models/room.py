@@ -6,10 +6,17 @@ transformers' growing cache joins old and new with `cat`, which copies all that 
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def remembering(model: Any, cache: Any) -> dict[str, Any]:
+    """The arguments with which a model reads from and writes to `cache`: transformers renamed one in 5.24."""
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
 
 
 def make_room(cache: Any, tokens: int) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Example
+from klimb.models.low_rank import merged
 from klimb.models.policy import CausalPolicy
-from klimb.models.room import make_room
+from klimb.models.room import make_room, remembering
 
 BLOCK = 256
 DEAD = 1 / 16
@@ -128,7 +129,7 @@ def _decode(
     per_token = torch.zeros(num_rows, longest, device=policy.device)
     end = torch.tensor(policy.end, device=policy.device)
     head, body = policy.head, policy.body
-    with policy.activate():
+    with policy.activate(), merged(policy.model):
         hidden, cache, mask, position = policy.read_prompts(examples, num_draws)
         make_room(cache, longest - 1)
         rows = torch.arange(num_rows, device=policy.device)
@@ -154,8 +155,7 @@ def _decode(
                 input_ids=chosen[:, None],
                 attention_mask=mask,
                 position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
+                **remembering(policy.model, cache),
             ).last_hidden_state[:, -1]
             position = position + 1
     return tokens.cpu(), lengths.cpu(), log_q.cpu(), per_token.cpu()
