@@ -49,7 +49,7 @@ def reward(prompts, completions, **columns):
     return [float(sum(map(ord, c[0]["content"])) % 17) for c in completions]
 
 
-def klimb_worker(steps):
+def klimb_worker(steps, model_name, device):
     import torch
 
     from klimb.data import Example
@@ -62,7 +62,7 @@ def klimb_worker(steps):
     from klimb.target import tilt
     from klimb.train import train
 
-    model, tokenizer = load_model("smollm2-135m")
+    model, tokenizer = load_model(model_name, device=device)
     policy, reference = lora(model, tokenizer, r=16, alpha=32)
     never = (model.config.vocab_size,)  # no completion ends early
     policy = CausalPolicy(model, tokenizer, policy.activate, policy.trainable, end=never)
@@ -93,7 +93,7 @@ def klimb_worker(steps):
     return {"dtype": str(model.dtype), "records": records[1:]}
 
 
-def trl_worker(steps, autocast):
+def trl_worker(steps, model_name, device, autocast):
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -101,7 +101,7 @@ def trl_worker(steps, autocast):
 
     from klimb.models.hub import load_model
 
-    model, tokenizer = load_model("smollm2-135m")
+    model, tokenizer = load_model(model_name, device=device)
     dtype = model.dtype
     lora = LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -149,7 +149,7 @@ def trl_worker(steps, autocast):
             max_steps=steps + 1,
             gradient_checkpointing=False,
             bf16=False,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             report_to="none",
             logging_steps=1000,
             save_strategy="no",
@@ -165,9 +165,19 @@ def trl_worker(steps, autocast):
     return {"dtype": str(dtype), "records": records[1:]}
 
 
-def run(name, steps):
+def peak_memory(device):
+    """GB of this process so far, or on a GPU of what torch has allocated there."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def run(name, steps, model_name, device):
     """One worker in a process of its own; its records, and its peak memory in GB."""
     command = [sys.executable, __file__, "--worker", name, "--steps", str(steps)]
+    command += ["--model", model_name, "--device", device]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True
     )
@@ -181,20 +191,23 @@ def main():
     parser.add_argument("--steps", type=int, default=2, help="counted steps in a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
     parser.add_argument("--worker", choices=["klimb", "trl", "trl-adapters-as-model"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", default="smollm2-135m", help="folder or id; its shape is what is timed")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     if options.worker:
+        work = (options.steps, options.model, options.device)
         found = (
-            klimb_worker(options.steps)
+            klimb_worker(*work)
             if options.worker == "klimb"
-            else trl_worker(options.steps, autocast=options.worker == "trl")
+            else trl_worker(*work, autocast=options.worker == "trl")
         )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peak = peak_memory(options.device)
         print("\n" + json.dumps(found | {"peak_gb": peak}))
         return
     names, results = ["klimb", "trl"], {}
     for _ in range(options.rounds):
         for name in names:
-            results.setdefault(name, []).append(run(name, options.steps))
+            results.setdefault(name, []).append(run(name, options.steps, options.model, options.device))
             if name == "trl" and "bfloat16" in results["trl"][0]["dtype"] and len(names) == 2:
                 names.append("trl-adapters-as-model")  # in float32 both are the same
     import torch
@@ -203,7 +216,7 @@ def main():
 
     cores = os.cpu_count()
     print(
-        f"\n{platform.processor() or platform.machine()}, {cores} cores, {results['klimb'][0]['dtype']}; "
+        f"\n{platform.processor() or platform.machine()}, {cores} cores, {options.device}, {results['klimb'][0]['dtype']}; "
         f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     )
     print(

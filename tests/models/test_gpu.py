@@ -1,0 +1,80 @@
+"""The same code on a GPU: drawing, scoring, learning and measuring, on tiny models; skipped where there is none."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from klimb.learn import Recipe
+from klimb.measure import measure
+from klimb.models.families import lora
+from klimb.objectives import log_variance
+from klimb.plan import plan
+from klimb.samplers.ancestral import ancestral
+from klimb.samplers.replay import Replay
+from klimb.train import TrainState, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def many_vowels(prompts, completions, **columns):
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(letter in "aeiou" for letter in text) / 4 for text in texts]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied", "qwen2", "gpt2", "gemma2"])
+def test_the_law_of_the_draws_is_the_policys(build, tokenizer, examples, name):
+    policy, reference = lora(build(name).to("cuda"), tokenizer, r=4)
+    draws = ancestral(policy, examples, 6, generator=seeded(1), max_completion_length=12)
+    with torch.no_grad():
+        scored = draws.sequence_sums(policy.log_prob(draws))
+        assert torch.equal(scored, draws.sequence_sums(reference.log_prob(draws)))  # step 0: the same path
+    assert draws.log_q is not None
+    assert (draws.log_q - scored).abs().max() < 1e-3
+    for tensor in policy.trainable:
+        torch.nn.init.normal_(tensor.data, std=0.3)
+    with torch.no_grad():
+        moved = draws.sequence_sums(policy.log_prob(draws))
+    assert (draws.log_q - moved).abs().max() > 0.1  # the mutant: another policy's law
+
+
+def test_chunks_change_no_gradient(build, tokenizer, examples):
+    gradients = []
+    for size in (10_000, 13):
+        policy, _ = lora(build("llama_tied").to("cuda"), tokenizer, r=4, max_chunk_tokens=size)
+        draws = ancestral(policy, examples, 4, generator=seeded(2), max_completion_length=12)
+        draws.sequence_sums(policy.log_prob(draws)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_climb(build, tokenizer, examples):
+    policy, reference = lora(build("llama_untied", width=0.3).to("cuda"), tokenizer, r=8)
+    sampler = partial(ancestral, max_completion_length=8)
+    found = plan(examples, reference, many_vowels, sampler, num_draws=64, generator=seeded(3))
+    target = found.target(kl=0.5)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
+    steps = train(
+        examples,
+        policy,
+        target,
+        sampler,
+        Recipe(log_variance),
+        optimizer,
+        max_steps=15,
+        prompts_per_step=len(examples),
+        num_draws=16,
+        num_replay=16,
+        state=TrainState(replay=Replay().extended(found.pool)),
+        generator=seeded(4),
+    )
+    assert len(list(steps)) == 15
+    certificate = measure(examples, policy, target, sampler, num_draws=64, generator=seeded(5)).certificate
+    assert certificate.reward.low > certificate.reference_reward.high
