@@ -165,6 +165,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
             source="Lee, 2001; Ko et al., 2024",
         ),
+        "skew_reverse_kl(0.1)": _f_divergence(
+            "skew_reverse_kl(0.1)",
+            "KL(pi||a pi + (1 - a) p), any a in (0, 1)",
+            caveat="a wrong log Z turns the gradient, and leaves the minimum where it is; a forbidden completion costs at most -log a",
+            source="Lee, 2001; Ko et al., 2024",
+        ),
         "generalized_js(0.1)": _f_divergence(
             "generalized_js(0.1)",
             "generalised Jensen-Shannon, any b in (0, 1)",
@@ -409,9 +415,7 @@ def method(name: str) -> Method:
     if stem not in FAMILIES:
         raise ValueError(f"no method {name!r}{nearest(name, METHODS)}; klimb methods lists them")
     divergence(name)
-    like = next(
-        (row for other, row in METHODS.items() if other.startswith(f"{stem}(")), METHODS["skew_kl(0.1)"]
-    )
+    like = next(row for other, row in METHODS.items() if other.startswith(f"{stem}("))
     return replace(like, objective=partial(f_divergence, f=name, baseline=None))
 
 
