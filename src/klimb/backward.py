@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Pool, Scored, Target, chunks, pick
+from klimb.methods import working_with
 from klimb.models.policy import CausalPolicy
 from klimb.objectives.bind import bind
 from klimb.objectives.coefficients import coefficients
@@ -98,7 +99,7 @@ def backward(
             part["log_q"] = torch.cat([seen["log_pi"][:, :num_fresh], part["log_q"][:, num_fresh:]], 1)
             part["log_w"] = part["log_target"] - part["log_q"]
         now = {"log_old": seen["log_pi"], "token_log_old": seen["token_log_pi"], "row": group.row}
-        arguments = bind(objective, {**now, **part, **seen})
+        arguments = bind(objective, {**now, **part, **seen}, instead=working_with)
         asked = frozenset(arguments)
         network = [name for name in seen if name in arguments]
         value, tables = coefficients(objective, network=network, **arguments)

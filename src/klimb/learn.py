@@ -16,6 +16,7 @@ from torch import Tensor
 
 from klimb.backward import Objective, Passed, backward, of_prompts
 from klimb.data import Draws, select
+from klimb.methods import working_with
 from klimb.models.critic import Critic
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.kl_control import kl_from_old, stops_early
@@ -99,7 +100,7 @@ def learn(
                 known |= {"token_hidden": hidden, "old_values": recipe.critic(hidden).to(old)}
         num_fresh = 0  # from here on the first draws are as old as the others
     for name, function in derived.items():
-        known[name] = function(**bind(function, known))
+        known[name] = function(**bind(function, known, instead=working_with))
     scale = known["beta"].item() if recipe.in_nats else 1.0
     seen: list[tuple[Tensor, Passed]] = []
     moved: dict[str, float] = {"updates": 0}

@@ -7,7 +7,7 @@ caveat is tested as well: by a case where a neighbour's belief fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from klimb.numbers.advantages import (
     token_reward,
     whitened_reward_to_go,
 )
-from klimb.objectives.bind import name_of
+from klimb.objectives.bind import lacking, name_of, wanted
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
 from klimb.objectives.generators import FAMILIES, divergence
@@ -38,6 +38,11 @@ from klimb.objectives.squared import length_normalised_balance, pmd_mean, trajec
 from klimb.objectives.surrogate import cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo
 
 Numbers = Callable[..., Tensor]
+
+OF_THE_POLICY = frozenset({"log_pi", "token_log_pi", "log_old", "token_log_old", "row", "old_values"})
+"""numbers that training has of any draws: the network's own, before and in an update, and a critic's"""
+OF_THE_DRAWING_LAW = frozenset({"log_q", "log_old", "token_log_old"})
+"""numbers by which a draw is weighed for the law that it came from"""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "skew_kl(0.1)",
             "KL(p||a p + (1 - a) pi), any a in (0, 1)",
             caveat="a wrong log Z turns the gradient, and leaves the minimum where it is",
+            source="Lee, 2001; Ko et al., 2024",
+        ),
+        "skew_reverse_kl(0.1)": _f_divergence(
+            "skew_reverse_kl(0.1)",
+            "KL(pi||a pi + (1 - a) p), any a in (0, 1)",
+            caveat="a wrong log Z turns the gradient, and leaves the minimum where it is; a forbidden completion costs at most -log a",
             source="Lee, 2001; Ko et al., 2024",
         ),
         "generalized_js(0.1)": _f_divergence(
@@ -404,10 +415,36 @@ def method(name: str) -> Method:
     if stem not in FAMILIES:
         raise ValueError(f"no method {name!r}{nearest(name, METHODS)}; klimb methods lists them")
     divergence(name)
-    like = next(
-        (row for other, row in METHODS.items() if other.startswith(f"{stem}(")), METHODS["skew_kl(0.1)"]
-    )
+    like = next(row for other, row in METHODS.items() if other.startswith(f"{stem}("))
     return replace(like, objective=partial(f_divergence, f=name, baseline=None))
+
+
+def working_with(known: Collection[str]) -> list[str]:
+    """The methods that can be trained where of the draws these numbers are known, in the order of the table.
+
+    Where log_q is unknown, a method that weighs its draws by the law they came from is not among them, though it may
+    have a default: that holds for draws of the policy itself, and their log_q is known.
+
+    Args:
+        known: names of numbers, besides those that training has of any draws.
+
+    Example:
+        >>> working_with(["log_target", "reward"])
+        ['log_variance', 'sft', 'raft', 'filtered']
+        >>> working_with(["log_target", "log_q", "log_w"])
+        ['log_variance', 'reverse_kl', 'forward_kl', 'sft']
+    """
+    return [name for name, row in METHODS.items() if row.objective is not None and _works(row, known)]
+
+
+def _works(row: Method, known: Collection[str]) -> bool:
+    assert row.objective is not None
+    names = OF_THE_POLICY.union(known)
+    for name, function in (*row.derived.items(), ("", row.objective)):
+        if lacking(function, names) or ("log_q" not in names and OF_THE_DRAWING_LAW & set(wanted(function))):
+            return False
+        names |= {name}
+    return True
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Central differences: the gradient that no formula and no autograd had a hand in."""
+"""Central differences: the gradient that no formula and no autograd had a hand in; and descent, to the end."""
 
 import pytest
 import torch
@@ -20,3 +20,30 @@ def central_differences(function, x, step=1e-4):
 @pytest.fixture(scope="session")
 def numeric_gradient():
     return central_differences
+
+
+def lbfgs(loss, *starts):
+    """The tensors at which loss(*tensors) is least, from `starts`."""
+    found = [start.clone().requires_grad_() for start in starts]
+    optimizer = torch.optim.LBFGS(
+        found,
+        max_iter=2000,
+        history_size=50,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(*found)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return [x.detach() for x in found]
+
+
+@pytest.fixture(scope="session")
+def to_the_end():
+    return lbfgs

@@ -304,21 +304,15 @@ def test_nor_has_the_value_any_there():
         assert value.abs().max() < 1e-13
 
 
-def minimise(loss, start):
-    """L-BFGS, to the end."""
-    theta = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=200, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-    )
+@pytest.fixture
+def minimise(to_the_end):
+    """The law at which loss(theta) is least."""
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(theta).sum()
-        value.backward()
-        return value
+    def found(loss, start):
+        (theta,) = to_the_end(lambda theta: loss(theta).sum(), start)
+        return categorical(theta)
 
-    optimizer.step(closure)
-    return categorical(theta.detach())
+    return found
 
 
 def descend(loss, start, *, step=1.0, decay=0.98, num_steps=1500):
@@ -333,7 +327,7 @@ def descend(loss, start, *, step=1.0, decay=0.98, num_steps=1500):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_minimum_is_the_target(name):
+def test_the_minimum_is_the_target(name, minimise):
     start = THETA * 0.5
     find = descend if name == "total_variation" else minimise
     found = find(lambda theta: enumerated(name, theta), start)
@@ -366,7 +360,7 @@ def test_a_wrong_log_z_is_another_generator(name, c, truth, numeric_gradient):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "total_variation"])
-def test_and_still_has_its_minimum_at_the_target(name):
+def test_and_still_has_its_minimum_at_the_target(name, minimise):
     """By Jensen: the rescaled f is convex too, so E_p f_c(t) >= f_c(1). Another direction is not another aim."""
     found = minimise(lambda theta: enumerated(name, theta, LOG_Z + 0.8), THETA * 0.5)
     assert kl(found, LOG_P) < 1e-8
@@ -414,7 +408,7 @@ def test_forbidden_outcomes_cost_what_the_policy_puts_there(name, numeric_gradie
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "squared_hellinger", "alpha(0.3)"])
-def test_and_the_minimum_leaves_them_empty(name):
+def test_and_the_minimum_leaves_them_empty(name, minimise):
     found = minimise(lambda theta: enumerated(name, theta, HARD_Z, HARD), THETA * 0.5)
     assert kl(HARD_P, found) < 1e-8
     assert mean(found, FORBIDDEN.double()) < 1e-8

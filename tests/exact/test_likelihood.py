@@ -34,20 +34,15 @@ THETA = random_logits(ATOMS, generator=GENERATOR)
 ON, OFF = categorical(THETA), categorical(random_logits(ATOMS, generator=GENERATOR))
 
 
-def minimise(loss):
-    theta = torch.zeros(ATOMS, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+@pytest.fixture
+def minimise(to_the_end):
+    """The law at which loss(log_pi) is least."""
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(categorical(theta))
-        value.backward()
-        return value
+    def found(loss):
+        (theta,) = to_the_end(lambda theta: loss(categorical(theta)), torch.zeros(ATOMS, dtype=torch.float64))
+        return categorical(theta)
 
-    optimizer.step(closure)
-    return categorical(theta.detach())
+    return found
 
 
 def population(objective, log_q, num_draws):
@@ -86,12 +81,12 @@ def test_slope_is_the_gradient(numeric_gradient):
 
 
 @pytest.mark.parametrize("law", [LOG_P, OFF])
-def test_sft_is_unbiased_for_the_law_that_drew(law):
+def test_sft_is_unbiased_for_the_law_that_drew(law, minimise):
     check(*expected(lambda log_pi, y: sft(log_pi[y]), law, 3), law)
     assert kl(minimise(population(lambda log_pi, y: sft(log_pi[y]), law, 2)), law) < 1e-8
 
 
-def test_best_of_n_distillation_is_sft_on_best_of_n_and_follows_ranks():
+def test_best_of_n_distillation_is_sft_on_best_of_n_and_follows_ranks(minimise):
     """Caveat: the target is best-of-n's law, the same for every increasing function of the reward; not the tilt of r."""
     law = best_of_n_law(LOG_REF.exp()[None], REWARD[None], 4)[0].log()
     found = minimise(population(lambda log_pi, y: sft(log_pi[y]), law, 2))
@@ -128,7 +123,7 @@ COUNTED = torch.tensor([8, 5, 2, 6, 3], dtype=torch.float64).div(24).log()
 COUNTED_REF = torch.tensor([3, 4, 9, 2, 6], dtype=torch.float64).div(24).log()
 
 
-def test_reward_weighted_regression_ends_at_the_tilt_of_the_law_that_drew():
+def test_reward_weighted_regression_ends_at_the_tilt_of_the_law_that_drew(minimise):
     def end(law):
         def loss(log_pi):
             picked, y = counted(log_pi, law)
@@ -192,7 +187,7 @@ def test_a_moving_target_that_stays_at_p():
 
 
 @pytest.mark.parametrize("num_draws", [2, 3, 4])
-def test_raft_of_one_is_best_of_g_with_ties(num_draws):
+def test_raft_of_one_is_best_of_g_with_ties(num_draws, minimise):
     law = best_of_n_law(LOG_REF.exp()[None], REWARD[None], num_draws)[0].log()
     check(*expected(lambda log_pi, y: raft(log_pi[y], REWARD[y]), LOG_REF, num_draws), law)
     found = minimise(population(lambda log_pi, y: raft(log_pi[y], REWARD[y]), LOG_REF, num_draws))
@@ -251,7 +246,7 @@ THRESHOLD = REWARD[1].item()  # reached by the tied atoms and what is above
 
 
 @pytest.mark.parametrize("num_draws", [1, 2, 4])
-def test_filtered_ends_at_the_law_under_a_hard_constraint(num_draws):
+def test_filtered_ends_at_the_law_under_a_hard_constraint(num_draws, minimise):
     above = REWARD >= THRESHOLD
     assert 1 < above.sum() < ATOMS
     law = normalise(OFF.masked_fill(~above, -torch.inf))
@@ -275,7 +270,7 @@ def test_filtered_is_the_limit_of_a_small_beta_and_p_at_none():
     assert kl(law, normalise(tilt(LOG_REF, success, 0.5))) > 1e-2
 
 
-def test_filtered_with_weights_is_p_restricted_to_what_is_kept():
+def test_filtered_with_weights_is_p_restricted_to_what_is_kept(minimise):
     """forward_kl with -inf below the threshold: a hard constraint on the target, enumerated."""
     below = REWARD < THRESHOLD
     log_w = LOG_TARGET.masked_fill(below, -torch.inf)
@@ -332,7 +327,7 @@ def test_dpg_has_no_variance_at_the_target_and_no_negative_part():
     assert weighted(LOG_P, torch.arange(ATOMS)[:, None]).abs().max() < 1e-15
 
 
-def test_dpg_ends_at_the_target():
+def test_dpg_ends_at_the_target(minimise):
     found = minimise(population(weighted, OFF, 1))
     assert kl(found, LOG_P) < 1e-8
     fresh = expected(lambda log_pi, y: weighted(log_pi, y, law=None), ON, 1)[1]

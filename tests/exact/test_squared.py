@@ -41,28 +41,23 @@ ON, OFF = categorical(THETA), categorical(random_logits(ATOMS, generator=GENERAT
 LENGTHS = torch.tensor([1, 2, 3, 4, 2, 1])
 
 
-def minimise(loss, *, num_atoms=ATOMS, start=None, extra=0):
+@pytest.fixture
+def minimise(to_the_end):
     """The policy, and `extra` further numbers, at which loss(log_pi, extra) is least."""
-    theta = torch.zeros(num_atoms, dtype=torch.float64) if start is None else start.clone()
-    theta = theta.requires_grad_()
-    other = torch.zeros(extra, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta, other] if extra else [theta],
-        max_iter=2000,
-        history_size=50,
-        tolerance_grad=1e-13,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(categorical(theta), other)
-        value.backward()
-        return value
+    def found(loss, *, num_atoms=ATOMS, start=None, extra=0):
+        theta = torch.zeros(num_atoms, dtype=torch.float64) if start is None else start
+        if not extra:
+            (theta,) = to_the_end(lambda theta: loss(categorical(theta), None), theta)
+            return categorical(theta), None
+        theta, other = to_the_end(
+            lambda theta, other: loss(categorical(theta), other),
+            theta,
+            torch.zeros(extra, dtype=torch.float64),
+        )
+        return categorical(theta), other
 
-    optimizer.step(closure)
-    return categorical(theta.detach()), other.detach()
+    return found
 
 
 def balance(log_pi, y, log_z, log_target=LOG_TARGET):
@@ -139,7 +134,7 @@ def test_no_variance_at_the_target_where_log_z_is_right():
 
 
 @pytest.mark.parametrize("law", [LOG_REF, OFF])
-def test_off_policy_minimum_is_the_target_with_log_z_known_or_learned(law):
+def test_off_policy_minimum_is_the_target_with_log_z_known_or_learned(law, minimise):
     found, _ = minimise(population(lambda log_pi, y, _: balance(log_pi, y, LOG_Z), law))
     assert kl(found, LOG_P) < 1e-8
     found, learned = minimise(population(lambda log_pi, y, z: balance(log_pi, y, z), law), extra=1)
@@ -159,14 +154,14 @@ def lambert(log_target, log_q):
 
 
 @pytest.mark.parametrize("law", [LOG_REF, OFF])
-def test_off_policy_too_low_a_log_z_ends_at_lambert_s_w(law):
+def test_off_policy_too_low_a_log_z_ends_at_lambert_s_w(law, minimise):
     log_z = LOG_Z - 0.7
     found, _ = minimise(population(lambda log_pi, y, _: balance(log_pi, y, log_z), law))
     assert (found.exp() - lambert(LOG_TARGET - log_z, law).exp()).abs().max() < 1e-6
     assert kl(found, LOG_P) > 1e-3
 
 
-def test_off_policy_too_high_a_log_z_leaks_onto_what_is_rarely_drawn():
+def test_off_policy_too_high_a_log_z_leaks_onto_what_is_rarely_drawn(minimise):
     """0.7 nats high, one outcome in 170 draws takes a third and more; 0.7 nats low costs little."""
     log_ref = torch.tensor([0.5, 0.3, 0.194, 0.006], dtype=torch.float64).log()
     log_target = tilt(log_ref, torch.tensor([0.0, 0.2, 0.3, 0.15], dtype=torch.float64), BETA)
@@ -186,7 +181,7 @@ def test_off_policy_too_high_a_log_z_leaks_onto_what_is_rarely_drawn():
     assert kl(ends[-0.7], log_p) < 0.01
 
 
-def test_a_star_at_the_same_beta_ends_at_the_target_and_at_another_beta_does_not():
+def test_a_star_at_the_same_beta_ends_at_the_target_and_at_another_beta_does_not(minimise):
     """A*-PO: log_z = V* / beta with V* = beta log E_ref exp(r / beta). Published: V* at another beta."""
 
     def end(beta_of_value):
@@ -197,7 +192,7 @@ def test_a_star_at_the_same_beta_ends_at_the_target_and_at_another_beta_does_not
     assert kl(end(4 * BETA), LOG_P) > 1e-3
 
 
-def test_without_full_support_a_learned_log_z_takes_the_blame():
+def test_without_full_support_a_learned_log_z_takes_the_blame(minimise):
     """Caveat: what is never drawn may have any probability, and log_z answers for it."""
     filtered = normalise(OFF.masked_fill(torch.arange(ATOMS) == LOG_P.argmax(), -torch.inf))
     found, learned = minimise(
@@ -229,7 +224,7 @@ def test_oapl_is_trajectory_balance_towards_the_tilt_of_the_lagged_policy():
     torch.testing.assert_close(oapl, 2 * BETA**2 * ours, rtol=1e-12, atol=1e-12)
 
 
-def test_oapl_ends_at_the_tilt_of_the_lagged_policy_and_not_of_the_reference():
+def test_oapl_ends_at_the_tilt_of_the_lagged_policy_and_not_of_the_reference(minimise):
     moving = tilt(OFF, REWARD, BETA)
     log_z = log_partition(moving)
     found, _ = minimise(population(lambda log_pi, y, _: balance(log_pi, y, log_z, moving), OFF))
@@ -237,7 +232,7 @@ def test_oapl_ends_at_the_tilt_of_the_lagged_policy_and_not_of_the_reference():
     assert kl(found, LOG_P) > 1e-2
 
 
-def test_log_z_from_the_same_draws_moves_the_minimum_at_small_g():
+def test_log_z_from_the_same_draws_moves_the_minimum_at_small_g(minimise):
     """Caveat of OAPL, and of A*-PO without a stage of its own: the estimate and the draws are not independent."""
 
     def with_own_log_z(log_pi, y, _):
@@ -257,7 +252,7 @@ def mean_balance(log_pi, y, _=None):
 
 
 @pytest.mark.parametrize("num_draws", [2, 3, 4])
-def test_pmd_mean_of_reference_draws_ends_at_lambert_s_w(num_draws):
+def test_pmd_mean_of_reference_draws_ends_at_lambert_s_w(num_draws, minimise):
     """beta log rho + c rho = (1 - 1/G) (r - E_ref r), to 1e-6; the published form is the limit of many draws."""
     found, _ = minimise(population(mean_balance, LOG_REF, num_draws))
     s = 1 - 1 / num_draws
@@ -272,7 +267,7 @@ def test_pmd_mean_of_reference_draws_ends_at_lambert_s_w(num_draws):
     assert (found.exp() - unshrunk.exp()).abs().max() > 1e-2  # the mutant that forgets s
 
 
-def test_pmd_mean_of_many_reference_draws():
+def test_pmd_mean_of_many_reference_draws(minimise):
     """The population form: log Z replaced by E_ref r / beta."""
     log_z = mean(LOG_REF, REWARD) / BETA
     found, _ = minimise(population(lambda log_pi, y, _: balance(log_pi, y, log_z), LOG_REF))
@@ -302,7 +297,7 @@ def flow(log_pi, y, log_z, lengths=LENGTHS):
 
 
 @pytest.mark.parametrize("law", [LOG_REF, OFF])
-def test_length_normalised_balance_ends_at_a_reward_per_token(law):
+def test_length_normalised_balance_ends_at_a_reward_per_token(law, minimise):
     c = brentq(
         lambda c: (LOG_REF + LENGTHS * (REWARD / BETA - c)).exp().sum().item() - 1, -20, 20, xtol=1e-14
     )
@@ -315,7 +310,7 @@ def test_length_normalised_balance_ends_at_a_reward_per_token(law):
     assert loss(predicted, torch.tensor(c, dtype=torch.float64)) < 1e-20
 
 
-def test_length_normalised_balance_of_one_length():
+def test_length_normalised_balance_of_one_length(minimise):
     """All of length 1: trajectory balance. All of length 2: p at half the beta."""
     y, _ = tuples(OFF, 2)
     torch.testing.assert_close(
@@ -335,7 +330,7 @@ def test_length_normalised_balance_depends_on_log_z_even_on_policy():
 # QRPO
 
 
-def test_quantile_rewards_need_no_estimate_of_log_z():
+def test_quantile_rewards_need_no_estimate_of_log_z(minimise):
     """300 atoms of one mass, mid-quantiles: the uniform law but for 1 / (24 K^2 beta^2) nats."""
     num_atoms = 300
     log_ref = torch.full((num_atoms,), 1 / num_atoms, dtype=torch.float64).log()
@@ -360,7 +355,7 @@ def test_qrpo_is_trajectory_balance_with_the_quantile_log_z():
     torch.testing.assert_close(qrpo, 2 * BETA**2 * ours, rtol=1e-12, atol=1e-12)
 
 
-def test_quantile_log_z_is_wrong_with_ties_and_moves_the_minimum():
+def test_quantile_log_z_is_wrong_with_ties_and_moves_the_minimum(minimise):
     """Caveat: a reward of 0 or 1 has quantiles of two values only."""
     win = torch.tensor([False, False, False, True, True, False])
     chance = LOG_REF.exp()[win].sum()

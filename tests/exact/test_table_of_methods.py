@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from klimb.exact.linter import inspect, toy, verdict
-from klimb.methods import METHODS, NOT_PROVIDED, TARGETS
+from klimb.methods import METHODS, NOT_PROVIDED, TARGETS, method
 from klimb.objectives import kl_loss
+from klimb.objectives.generators import FAMILIES
 from klimb.objectives.kl_penalty import k1
 from klimb.objectives.surrogate import ppo
 
@@ -108,6 +109,15 @@ def test_every_row_is_complete(name):
     )
     assert (row["objective"] is None) == (row["claim"] == "law")
     assert name not in NOT_PROVIDED
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_divergence_with_a_number_of_ones_own_has_the_texts_of_its_family_alone(family):
+    (row,) = (row for name, row in METHODS.items() if name.startswith(f"{family}("))
+    own = method(f"{family}(0.3)")
+    assert own.objective.keywords["f"] == f"{family}(0.3)"
+    assert {**own.as_dict(), "objective": None} == {**row.as_dict(), "objective": None}
+    assert [other.divergence for other in METHODS.values()].count(own.divergence) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in TRAINED if leads_to_the_target(n)])

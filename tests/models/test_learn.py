@@ -3,6 +3,7 @@
 Seven tokens, at most two of them: 43 completions a prompt, so the gap is summed and not estimated.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load
 from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
-from klimb.methods import METHODS
+from klimb.methods import METHODS, working_with
 from klimb.models.critic import Critic
 from klimb.models.families import lora
 from klimb.objectives import generators, log_variance
@@ -84,6 +85,58 @@ def climbed(policies, method, *, max_steps=12, lr=0.01, critic=None, **options):
         generator=torch.Generator().manual_seed(1),
     )
     return list(steps)
+
+
+def first_step(policies, name, *, knows_law, log_z=None):
+    """One step of a row, from Python, on draws whose law the sampler tells or not."""
+    policy, reference = policies
+
+    def sampler(*arguments, **options):
+        draws = ancestral(*arguments, max_completion_length=2, **options)
+        return draws if knows_law else replace(draws, log_q=None, token_log_q=None, own_law=False)
+
+    row = METHODS[name]
+    steps = train(
+        EXAMPLES,
+        policy,
+        tilt(reference, brevity, BETA),
+        sampler,
+        Recipe(row.objective, row.derived, in_nats=row.unit == "nats"),
+        torch.optim.SGD(policy.trainable, lr=0.0),
+        max_steps=1,
+        prompts_per_step=2,
+        num_draws=8,
+        keep_fresh=False,
+        log_z=log_z,
+        generator=torch.Generator().manual_seed(1),
+    )
+    return next(steps)
+
+
+def advised(policies, name, **known):
+    """The methods that the message names, where a row lacks a number."""
+    with pytest.raises(ValueError, match="it cannot do without; known are") as refusal:
+        first_step(policies, name, **known)
+    return str(refusal.value).partition("These methods can do with what is known: ")[2].split(", ")
+
+
+def test_draws_of_an_unknown_law_are_refused_with_the_methods_that_can_learn_from_them(policies):
+    named = advised(policies, "forward_kl", knows_law=False)
+    assert named == ["log_variance", "pmd_mean", "sft", "reward_weighted", "raft", "filtered"]
+    for name in named:
+        assert first_step(policies, name, knows_law=False).step == 1
+    # these would run, as if the draws were the policy's own
+    assert {"reverse_kl", "rloo", "ppo"}.isdisjoint(named)
+
+
+def test_without_log_z_the_message_names_every_method_that_runs_without_it_and_no_other(policies):
+    named = advised(policies, "jensen_shannon", knows_law=True)
+    for name in (name for name, row in METHODS.items() if row.objective is not None):
+        if name in named:
+            assert first_step(policies, name, knows_law=True).step == 1
+        else:
+            assert advised(policies, name, knows_law=True) == named
+    assert "jensen_shannon" in working_with(["log_target", "log_q", "log_z"])
 
 
 def mean_reward(policy, reference):

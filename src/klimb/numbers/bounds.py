@@ -119,30 +119,6 @@ def clopper_pearson(successes: Tensor, trials: int, *, level: float = 0.95) -> t
     return torch.where(k > 0, torch.as_tensor(low), 0.0), torch.where(k < trials, torch.as_tensor(high), 1.0)
 
 
-def sub_gaussian_gain(scale: float, kl: float) -> float:
-    """The most that any policy gains at `kl` nats if the reward is sub-Gaussian under ref: scale sqrt(2 KL).
-
-    E_pi r - E_ref r <= scale sqrt(2 KL(pi||ref)), with equality for Gaussian rewards and the target itself. A reward in
-    [a, b] is sub-Gaussian with scale (b - a) / 2.
-
-    Args:
-        scale: reward units; the standard deviation if the reward is Gaussian.
-        kl: nats, >= 0.
-
-    Returns:
-        Units of reward.
-
-    Example:
-        >>> sub_gaussian_gain(1.0, 2.0)
-        2.0
-
-    Source: Mroueh, 2024, "Information theoretic guarantees for policy alignment in large language models".
-    """
-    if kl < 0 or scale < 0:
-        raise ValueError(f"sub_gaussian_gain: got scale={scale}, kl={kl}; expected both >= 0.")
-    return scale * math.sqrt(2 * kl)
-
-
 def reward_ceiling(reward: Tensor, kl: float, log_w: Tensor | None = None, *, correct: bool = True) -> float:
     """The most reward that any policy of mean KL `kl` can have: min over beta of beta (log Z(beta) + kl).
 
