@@ -5,7 +5,19 @@ verbs take values.
 """
 
 from klimb.config.loading import load, read_yaml, schema
-from klimb.config.options import DESTINATIONS, FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, Config, Full, Lora
+from klimb.config.options import (
+    DESTINATIONS,
+    FAMILIES,
+    NEED_LOG_Z,
+    TRAINED,
+    UNTRAINED,
+    Config,
+    EntropyBonus,
+    Full,
+    LengthNormalized,
+    Lora,
+    PlainTilt,
+)
 
 __all__ = [
     "DESTINATIONS",
@@ -14,8 +26,11 @@ __all__ = [
     "TRAINED",
     "UNTRAINED",
     "Config",
+    "EntropyBonus",
     "Full",
+    "LengthNormalized",
     "Lora",
+    "PlainTilt",
     "load",
     "read_yaml",
     "schema",

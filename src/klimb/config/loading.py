@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from klimb.config.options import Config
+from klimb.config.options import PYTHON_ONLY, UNIONS, Config
 from klimb.nearest import nearest, nearest_file
 
 
@@ -92,8 +92,8 @@ NAMES = tuple(dict.fromkeys(_names(Config)))
 def _names_in(found: Mapping[str, Any]) -> Iterable[str]:
     for name, value in found.items():
         yield str(name)
-        if name == "family" and isinstance(value, Mapping):
-            yield from (f"family.{inner}" for inner in value)
+        if name in UNIONS and isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in value)
 
 
 def _underscored(argument: str) -> str:
@@ -117,11 +117,12 @@ def _check_names(arguments: Sequence[str]) -> None:
 
 def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str) -> Config:
     given = {**base, **(typed := _parsed(arguments))}
-    written, now = base.get("family"), typed.get("family")
-    if isinstance(written, Mapping) and isinstance(now, Mapping):
-        # another kind of family begins from its own defaults
-        same = now.get("kind") in (None, written.get("kind", "lora"))
-        given["family"] = {**(written if same else {}), **now}
+    for name, kind in UNIONS.items():
+        written, now = base.get(name), typed.get(name)
+        if isinstance(written, Mapping) and isinstance(now, Mapping):
+            # another kind begins from its own defaults
+            same = now.get("kind") in (None, written.get("kind", kind))
+            given[name] = {**(written if same else {}), **now}
     try:
         return Config.model_validate(given)
     except ValidationError as error:
@@ -146,20 +147,24 @@ def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _explained(details: Mapping[str, Any]) -> str:
     """A complaint of pydantic's in our words: the option, what was got, what is expected."""
-    name = ".".join(str(part) for part in details["loc"] if part not in ("lora", "full"))
+    where = details["loc"]
+    if where and where[0] in UNIONS:
+        where = (where[0], *where[2:])  # without the kind
+    name = ".".join(str(part) for part in where)
     kind, got, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "missing":
         return f"{name} is missing; give it in the file or as --{name}"
     if kind == "extra_forbidden":
         if name in NAMES:
-            return (
-                f"{name} does not go with family.kind {details['loc'][1]}; leave it out, or change the kind"
-            )
+            return f"{name} does not go with {where[0]}.kind {details['loc'][1]}; leave it out, or change the kind"
         return f"no key {name!r}{nearest(name, NAMES)}; klimb schema lists them"
+    if kind == "union_tag_invalid" and name == "target" and context["tag"] in PYTHON_ONLY:
+        return f"target.kind: {context['tag']} is in Python only: klimb.target.{PYTHON_ONLY[context['tag']]}"
     if kind == "union_tag_invalid":
         return f"{name}.kind: got {context['tag']!r}, expected one of {context['expected_tags']}"
     if kind == "model_attributes_type":
-        return f"{name}: got {got!r}, expected fields of it, such as {name}.kind or {name}.r"
+        such = next(other for other in NAMES if other.startswith(f"{name}.") and other != f"{name}.kind")
+        return f"{name}: got {got!r}, expected fields of it, such as {name}.kind or {such}"
     if kind == "too_short":
         return f"{name}: got {got!r}, expected at least {context['min_length']}"
     said = details["msg"].removeprefix("Value error, ").partition(", unable to")[0]

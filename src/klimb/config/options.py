@@ -23,6 +23,8 @@ from pydantic import (
 from klimb.nearest import nearest
 
 DESTINATIONS = ("beta", "kl_budget", "reward_goal")
+UNIONS = {"family": "lora", "target": "tilt"}
+"""keys that hold one of several kinds -> the kind unless said"""
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -115,6 +117,44 @@ UNTRAINED = {
 }
 
 
+class PlainTilt(BaseModel):
+    """The reference tilted by the reward: ref exp(reward / beta)."""
+
+    model_config = STRICT
+
+    kind: Literal["tilt"] = "tilt"
+
+
+class EntropyBonus(BaseModel):
+    """The tilt with a bonus on entropy, which flattens it; needs a beta."""
+
+    model_config = STRICT
+
+    kind: Literal["entropy_bonus"] = "entropy_bonus"
+    bonus: Positive
+    """worth of entropy, reward per nat"""
+
+
+class LengthNormalized(BaseModel):
+    """The tilt by reward per token; beta and reward_goal count that."""
+
+    model_config = STRICT
+
+    kind: Literal["length_normalized"] = "length_normalized"
+
+
+PYTHON_ONLY = {
+    "moving_reference": "moving_reference",
+    "standardized": "standardized",
+    "mixture": "mixture",
+    "geometric_mixture": "geometric_mixture",
+    "chi_squared": "chi_squared",
+    "forbid": "forbid",
+    "moments": "moment_tilt",
+}
+"""targets that need more than log_ref, reward and lengths of each draw -> their names in klimb.target"""
+
+
 class Config(BaseModel):
     """All that a run depends on."""
 
@@ -151,6 +191,8 @@ class Config(BaseModel):
     reward_weights: list[float] | None = None
     """one a reward; left out: 1 each"""
 
+    target: Annotated[PlainTilt | EntropyBonus | LengthNormalized, Field(discriminator="kind")] = PlainTilt()
+    """where to go; the tilt unless said"""
     beta: float | None = None
     """price of KL, reward per nat; give this, kl_budget or reward_goal"""
     kl_budget: Positive | None = None
@@ -254,9 +296,10 @@ class Config(BaseModel):
             data["kl_budget"] = 1.0
         if data.get("num_replay") is None:
             data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
-        family = data.get("family")
-        if isinstance(family, Mapping) and "kind" not in family:
-            data["family"] = {"kind": "lora", **family}
+        for name, kind in UNIONS.items():
+            given = data.get(name)
+            if isinstance(given, Mapping) and "kind" not in given:
+                data[name] = {"kind": kind, **given}
         return data
 
     @field_validator("reward_funcs", "report_to", "reward_weights", mode="before")
@@ -294,6 +337,16 @@ class Config(BaseModel):
             raise ValueError(
                 f"got {' and '.join(f'{name} {getattr(self, name):g}' for name in given)}, expected one of "
                 f"{', '.join(DESTINATIONS)}; switch the others off ({' or '.join(f'--{name} null' for name in given)})"
+            )
+        if self.target.kind == "entropy_bonus" and self.beta is None:
+            raise ValueError(
+                f"target.kind entropy_bonus: got {given[0]} {getattr(self, given[0]):g}, expected a beta: the bonus is "
+                "itself so many nats from the reference; give --beta, and --kl_budget null --reward_goal null"
+            )
+        if self.target.kind != "tilt" and self.method == "filtered":
+            raise ValueError(
+                f"method filtered keeps what reaches a threshold of the plain reward, which target.kind "
+                f"{self.target.kind} is not about; use raft or log_variance, or target.kind tilt"
             )
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
