@@ -22,6 +22,7 @@ from klimb.methods import working_with
 from klimb.models.policy import CausalPolicy
 from klimb.objectives.bind import bind
 from klimb.objectives.coefficients import coefficients
+from klimb.target import own_reward
 
 Objective = Callable[..., Tensor]
 
@@ -137,14 +138,17 @@ def is_packed(name: str) -> bool:
 
 
 def known_numbers(pool: Pool, target: Target) -> dict[str, Tensor]:
-    """What an objective may see of a pool besides the network's numbers, by name; what is unknown is not there."""
+    """What an objective may see of a pool besides the network's numbers, by name; what is unknown is not there.
+
+    The reward is the one whose plain tilt the target is, so that objectives of reward and beta climb to it too.
+    """
     bare = Scored(
         log_ref=pool.log_ref, reward=pool.reward, log_q=pool.draws.log_q, lengths=pool.draws.lengths
     )
     log_target = target.log_target(bare)
     numbers = {
         "log_ref": pool.log_ref,
-        "reward": pool.reward,
+        "reward": own_reward(target, pool),
         "lengths": pool.draws.lengths,
         "log_target": log_target,
         "beta": torch.tensor(target.beta, dtype=pool.reward.dtype),

@@ -165,7 +165,7 @@ def page(
         "",
         "## Targets",
         "",
-        "What is said of the target above holds for each of these (`klimb.target`, from Python).",
+        "What is said of the target above holds for each of these (`klimb.target`; `entropy_bonus` and `length_normalized` also as a run's `target:`).",
         "",
         "| target | maximises | law, up to Z | caveat | source |",
         "|---|---|---|---|---|",
@@ -196,7 +196,10 @@ def _show(
             table.add_row("", Text(f"{label:<9}", style="dim"), Text(str(row[key])))
         console.print(table)
     if targets:
-        console.print("\nTargets, from Python (klimb.target):", style="bold")
+        console.print(
+            "\nTargets (klimb.target; entropy_bonus and length_normalized also as a run's target):",
+            style="bold",
+        )
         for name, row in targets.items():
             console.print(Text.assemble((name, "bold"), f"  {row['maximises']}"), soft_wrap=True)
             table = Table.grid(padding=(0, 2))

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from klimb.data import Example, Pool, Sampler, select
-from klimb.models.policy import CausalPolicy
+from klimb.data import Example, Policy, Pool, Sampler, Target, select
 from klimb.numbers.certificate import Certificate, certificate
 from klimb.numbers.diagnose import Diagnosis, diagnose
 from klimb.numbers.frontier import default_betas, frontier
 from klimb.plan import Progress, draw_pool, prompts_at_once, silent
-from klimb.target import Tilt
+from klimb.target import own_reward
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Measurement:
     """The certificate of a policy, the draws it rests on, and what to do next.
 
     Attributes:
-        certificate: rewards, KL, gap, share attained, each with its interval.
+        certificate: rewards (the target's own: `klimb.target.own_reward`), KL, gap, share attained, with intervals.
         diagnosis: a verdict, because of what, and advice.
         policy_pool: draws of the policy, with their log-probability under both.
         reference_pool: draws of the reference, with their log-probability under both.
@@ -39,8 +38,8 @@ class Measurement:
 
 def measure(
     examples: Sequence[Example],
-    policy: CausalPolicy,
-    target: Tilt,
+    policy: Policy,
+    target: Target,
     sampler: Sampler,
     *,
     num_draws: int,
@@ -53,7 +52,7 @@ def measure(
     Args:
         examples: held-out prompts.
         policy: the policy to be measured.
-        target: the best policy it is measured against.
+        target: the best policy it is measured against; not `standardized`, whose reward differs between the two pools.
         sampler: must draw from a policy itself (temperature 1, no top-p).
         num_draws: from each of the two, a prompt.
         generator: of draws and of bootstrap resamples.
@@ -70,7 +69,7 @@ def measure(
         reference_pool=reference_pool,
         progress=progress,
     )
-    rewards = reference_pool.reward
+    rewards = own_reward(target, reference_pool)
     flat = bool((rewards == rewards[:, :1]).all())  # no curve, but still a certificate
     points = [] if flat else frontier(rewards, default_betas(rewards), generator=generator)
     return Measurement(found, diagnose(found, points), policy_pool, reference_pool)
@@ -78,8 +77,8 @@ def measure(
 
 def certify(
     examples: Sequence[Example],
-    policy: CausalPolicy,
-    target: Tilt,
+    policy: Policy,
+    target: Target,
     sampler: Sampler,
     *,
     num_draws: int,
@@ -126,10 +125,10 @@ def certify(
     assert reference_pool.log_pi is not None
     found = certificate(
         beta=target.beta,
-        reward_policy=policy_pool.reward,
+        reward_policy=own_reward(target, policy_pool),
         log_pi_policy=policy_pool.log_pi,
         log_ref_policy=policy_pool.log_ref,
-        reward_reference=reference_pool.reward,
+        reward_reference=own_reward(target, reference_pool),
         log_pi_reference=reference_pool.log_pi,
         log_ref_reference=reference_pool.log_ref,
         generator=generator,
@@ -139,7 +138,7 @@ def certify(
 
 @torch.no_grad()
 def score_tokens(
-    policy: CausalPolicy, pool: Pool, *, progress: Progress = silent, what: str = "score"
+    policy: Policy, pool: Pool, *, progress: Progress = silent, what: str = "score"
 ) -> torch.Tensor:
     """[N] log-probability of every token of the pool under `policy`, nats."""
     parts, size, at_once = [], pool.draws.num_prompts, prompts_at_once(pool.draws.num_draws)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from klimb.data import Example, Pool, Reward, Sampler, stack_pools
+from klimb.data import Example, Policy, Pool, Reward, Sampler, stack_pools
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.best_of_n import BestOfNPoint, best_of_n
 from klimb.numbers.estimate import Estimate, mean_estimate
@@ -108,7 +108,7 @@ class Plan:
 
 def draw_pool(
     examples: Sequence[Example],
-    policy: CausalPolicy,
+    policy: Policy,
     reward: Reward,
     sampler: Sampler,
     *,

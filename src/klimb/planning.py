@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from klimb import store
+from klimb.aim import aimed_at, target_record
 from klimb.choice import takes_forbidden
 from klimb.config import Config
 from klimb.data import Pool
 from klimb.loaded import Loaded, generator_for
 from klimb.plan import draw_pool, plan
 from klimb.records import plan_record
+from klimb.target import own_reward
 from klimb.watch import Watch
 
 NOT_THE_REFERENCE = {
@@ -62,6 +65,8 @@ def planned(
         )
     if to_train:
         _check_pool(pool, config)
+    # whatever beta a budget gets, the reward whose tilt the target is stays the same
+    target = aimed_at(config.target, loaded.reference, loaded.reward, config.beta or 1.0)
     generator = generator_for(config.seed, "frontier")
     found = plan(
         pool.draws.examples,
@@ -70,14 +75,21 @@ def planned(
         loaded.sampler,
         num_draws=pool.draws.num_draws,
         generator=generator,
-        pool=pool,
+        pool=replace(pool, reward=own_reward(target, pool)),
     )
-    asked = {"beta": config.beta, "kl": config.kl_budget, "reward": config.reward_goal}
-    beta = found.solve(**asked)
+    asked = {
+        "beta": None if config.beta is None else target.beta,
+        "kl": config.kl_budget,
+        "reward": config.reward_goal,
+    }
+    price = found.solve(**asked)
+    beta = config.beta or price
     if (path / "plan.json").is_file():  # resumed: config.yaml holds the beta already, plan.json knows why
         record = store.read_json(path / "plan.json")
     else:
-        record = plan_record(found, beta, why=_why(config), generator=generator)
+        record = plan_record(
+            found, price, why=_why(config), target=target_record(config.target), generator=generator
+        )
         if not own.is_file():
             store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
         store.write_json(path / "plan.json", record)
@@ -111,6 +123,8 @@ def _why(config: Config) -> str:
         return f"kl_budget: {config.kl_budget:g} nats"
     if config.reward_goal is not None:
         return f"reward_goal: {config.reward_goal:g}"
+    if config.target.kind == "entropy_bonus":
+        return f"given: beta {config.beta:g} + bonus {config.target.bonus:g}"
     return "given"
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from klimb.measure import Measurement
-from klimb.numbers.estimate import Estimate
+from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
 from klimb.plan import Plan
 from klimb.train import Step
 
 
-def plan_record(found: Plan, beta: float, *, why: str, generator: torch.Generator) -> dict[str, Any]:
-    """What plan.json holds."""
+def plan_record(
+    found: Plan, beta: float, *, why: str, target: Mapping[str, Any], generator: torch.Generator
+) -> dict[str, Any]:
+    """What plan.json holds; its rewards are the target's own, as `target` says where they are not the plain ones."""
     return {
+        "target": target,
         "beta": {"value": beta, "why": why},
         "optimum": _point(found.at(beta, generator=generator)),
         "reference": {"reward": found.reference_reward.as_dict(), "reward_std": _known(found.reward_std)},
@@ -54,8 +58,8 @@ def step_record(step: Step) -> dict[str, Any]:
     }
 
 
-def measure_record(found: Measurement) -> dict[str, Any]:
-    """What measure.json holds."""
+def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str, Any]:
+    """What measure.json holds; where its rewards are the target's own, `raw_reward` has the plain ones."""
     c = found.certificate
     estimates = (
         "reward",
@@ -68,8 +72,15 @@ def measure_record(found: Measurement) -> dict[str, Any]:
         "frontier_efficiency",
         "overlap",
     )
+    pools = {"policy": found.policy_pool, "reference": found.reference_pool}
+    raw = {
+        name: mean_estimate(pool.reward, generator=torch.Generator().manual_seed(0)).as_dict()
+        for name, pool in pools.items()
+    }
     return {
+        "target": target,
         "beta": c.beta,
+        **({"raw_reward": raw} if "means" in target else {}),
         **{name: getattr(c, name).as_dict() for name in estimates},
         "reference": {"reward": c.reference_reward.as_dict()},
         "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from klimb import store
+from klimb.aim import aimed_at, target_record
 from klimb.config import DESTINATIONS, Config
 from klimb.data import Pool, stack_pools
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
@@ -172,6 +173,11 @@ def run_sample(
         raise ValueError(
             "sample: rejection needs an upper bound of the reward (--bound) and a beta (--beta, or a planned run)"
         )
+    if method == "rejection" and config.target.kind != "tilt":
+        raise ValueError(
+            f"sample: rejection draws from the plain tilt, got target.kind {config.target.kind}; use --target.kind tilt, "
+            "or train"
+        )
     loaded = prepare(config, policy_folder=policy_folder)
     target = tilt(loaded.reference, loaded.reward, config.beta or 1.0)  # only rejection looks at beta
     samplers: dict[str, Any] = {
@@ -300,13 +306,13 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
     found = measure(
         loaded.test_examples[: config.measure_prompts],
         loaded.policy,
-        tilt(loaded.reference, loaded.reward, beta),
+        aimed_at(config.target, loaded.reference, loaded.reward, beta),
         loaded.sampler,
         num_draws=config.measure_draws,
         generator=generator_for(config.seed, "measure"),
         progress=watch.progress,
     )
-    record = measure_record(found)
+    record = measure_record(found, target=target_record(config.target))
     if path is not None:
         draws = path / "draws"
         draws.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,7 @@ def samples(record: Mapping[str, Any], show: int) -> RenderableType:
 def _planned(plan: Mapping[str, Any]) -> RenderableType:
     beta = plan["beta"]
     table = _grid()
+    _aim(table, plan["target"])
     table.add_row("beta", f"{beta['value']:.4g} reward a nat  ({beta['why']})")
     table.add_row("reference reward", estimate(plan["reference"]["reward"]))
     table.add_row("predicted optimum", estimate(plan["optimum"]["reward"]))
@@ -193,8 +194,15 @@ def _planned(plan: Mapping[str, Any]) -> RenderableType:
     return table
 
 
+def _aim(table: Any, target: Mapping[str, Any]) -> None:
+    """A row about the target, where it is not the plain tilt."""
+    if "means" in target:
+        table.add_row("target", Text(f"{target['kind']}: {target['means']}"))
+
+
 def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> RenderableType:
     table = _grid()
+    _aim(table, found["target"])
     table.add_row("reference reward", estimate(found["reference"]["reward"]))
     for label, best in (
         ("predicted optimum", plan and plan["optimum"]),
@@ -203,6 +211,8 @@ def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -
         if best:
             table.add_row(label, f"{estimate(best['reward'])} at KL {estimate(best['kl'])} nats")
     table.add_row("trained policy", estimate(found["reward"]))
+    if "raw_reward" in found:
+        table.add_row("  its plain reward", estimate(found["raw_reward"]["policy"]))
     table.add_row("  at sequence KL", estimate(found["kl"]) + " nats")
     table.add_row("gap to the optimum", f"{estimate(found['gap'])} reward  (beta {found['beta']:.4g})")
     table.add_row("share attained", estimate(found["attained"]))

@@ -24,6 +24,7 @@ from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.objectives.bind import name_of
 from klimb.rewards.load import score
 from klimb.samplers.replay import Replay
+from klimb.target import own_reward
 
 TOLERATED = 0.1
 """share of the spread of reward / beta that sampler and scorer may differ by, on average, before a step warns"""
@@ -148,7 +149,7 @@ def train(
         replay = state.replay.extended(fresh) if fresh is not None and keep_fresh else state.replay
         state = TrainState(state.step + 1, order, replay)
         moved["learning_rate"] = rate
-        yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, beta=target.beta)
+        yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, target=target)
 
 
 def next_prompts(
@@ -207,7 +208,7 @@ def seen(
     seconds: Mapping[str, float],
     *,
     objective: Objective,
-    beta: float,
+    target: Target,
 ) -> Step:
     """The record of a step that has just been taken."""
     own = fresh is not None and fresh.draws.own_law
@@ -225,11 +226,11 @@ def seen(
             f"{name_of(objective)} does not ask which law its draws come from, and of some of them it is not known "
             "whether that law can draw every completion; what it cannot draw goes unlearned, unseen"
         )
-    if own and (told := disagreement(fresh, numbers["sampler_error_mean"], beta)):
+    if own and (told := disagreement(fresh, numbers["sampler_error_mean"], target.beta)):
         warnings["sampler_error"] = told
     return Step(
         step=state.step,
-        estimates=fresh_estimates(fresh, beta, step=state.step) if own else {},
+        estimates=fresh_estimates(fresh, target, step=state.step) if own else {},
         numbers=numbers,
         seconds=dict(seconds),
         fresh=fresh,
@@ -254,8 +255,8 @@ def lengths(pool: Pool) -> dict[str, float]:
     }
 
 
-def fresh_estimates(fresh: Pool, beta: float, *, step: int) -> dict[str, Estimate]:
-    """Reward, KL(pi||ref) in nats, and reward - beta KL, of draws from the policy, as their sampler scored them."""
+def fresh_estimates(fresh: Pool, target: Target, *, step: int) -> dict[str, Estimate]:
+    """Reward, KL(pi||ref) in nats, and the target's own reward - beta KL, of draws from the policy, as their sampler scored them."""
     assert fresh.draws.own_law
     assert fresh.draws.log_q is not None
     each = fresh.draws.log_q - fresh.log_ref
@@ -263,7 +264,9 @@ def fresh_estimates(fresh: Pool, beta: float, *, step: int) -> dict[str, Estimat
     return {
         "reward": mean_estimate(fresh.reward, generator=generator),
         "kl": mean_estimate(each, generator=generator),
-        "regularised_reward": mean_estimate(fresh.reward - beta * each, generator=generator),
+        "regularised_reward": mean_estimate(
+            own_reward(target, fresh) - target.beta * each, generator=generator
+        ),
     }
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from klimb import store
+from klimb.aim import aimed_at
 from klimb.checkpoint import Moving, restore, saved
 from klimb.choice import chosen
 from klimb.config import Config
-from klimb.data import Example, Pool
+from klimb.data import Example, Pool, Target
 from klimb.learn import Recipe
 from klimb.loaded import Loaded, generator_for
 from klimb.measure import certify
@@ -25,7 +26,7 @@ from klimb.numbers.tilt import log_partition
 from klimb.plan import draw_pool
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
-from klimb.target import Tilt, tilt
+from klimb.target import own_reward
 from klimb.train import Step, TrainState, train
 from klimb.watch import Watch
 
@@ -49,7 +50,8 @@ def trained(
     Raises:
         ValueError: no checkpoint is valid, one is of other weights, or the disk is full.
     """
-    config, target = loaded.config, tilt(loaded.reference, loaded.reward, beta)
+    config = loaded.config
+    target = aimed_at(config.target, loaded.reference, loaded.reward, beta)
     moving = _moving(loaded)
     state, examples = _first(loaded, pool)
     state = _taken_up(path, state, moving, resume, watch)
@@ -78,7 +80,7 @@ def trained(
         num_replay=config.num_replay,
         replay_steps=config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
-        log_z=_log_z(pool, beta) if choice.needs_log_z else None,
+        log_z=_log_z(pool, target) if choice.needs_log_z else None,
         scheduler=moving.scheduler,
         state=state,
         generator=moving.generator,
@@ -167,10 +169,10 @@ def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch
     return state
 
 
-def _log_z(pool: Pool | None, beta: float) -> dict[str, float]:
+def _log_z(pool: Pool | None, target: Target) -> dict[str, float]:
     """Log Z of each of the plan's prompts, nats, from its reference draws."""
     assert pool is not None
-    found = log_partition(pool.reward, beta).tolist()
+    found = log_partition(own_reward(target, pool), target.beta).tolist()
     return {example.id: x for example, x in zip(pool.draws.examples, found, strict=True)}
 
 
@@ -228,7 +230,9 @@ def _reference_of_evaluation(loaded: Loaded) -> Callable[[], Pool]:
     return get
 
 
-def _evaluated(loaded: Loaded, target: Tilt, reference_pool: Callable[[], Pool], step: int) -> dict[str, Any]:
+def _evaluated(
+    loaded: Loaded, target: Target, reference_pool: Callable[[], Pool], step: int
+) -> dict[str, Any]:
     pool = reference_pool()
     found, _, _ = certify(
         pool.draws.examples,

@@ -25,7 +25,7 @@ FLOORS = [  # from the bottom
     {"plan", "train", "measure", "sample", "climb"},
     {"report", "store", "config", "dataset"},
     {"trackers", "records", "checkpoint", "watch"},
-    {"loaded", "choice"},
+    {"loaded", "choice", "aim"},
     {"training", "planning"},
     {"run", "problems"},
     {"screen", "screen_derive"},

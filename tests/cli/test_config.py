@@ -24,6 +24,12 @@ TYPED = {  # what was typed, what is said of it
     "--method grpoo": "command line: method: got 'grpoo': no such method (did you mean 'grpo'?); klimb methods lists them",
     "--family.kind prefix": "command line: family.kind: got 'prefix', expected one of 'lora', 'full'",
     "--family full": "command line: family: got 'full', expected fields of it, such as family.kind or family.r",
+    "--target tilt": "command line: target: got 'tilt', expected fields of it, such as target.kind or target.bonus",
+    "--target.kind forbid": "command line: target.kind: forbid is in Python only: klimb.target.forbid",
+    "--target.kind entropy_bonus": "command line: target.bonus is missing; give it in the file or as --target.bonus",
+    "--target.kind entropy_bonus --target.bonus -1": "command line: target.bonus: got '-1', expected a number greater "
+    "than 0",
+    "--target.bonus 1": "command line: target.bonus does not go with target.kind tilt; leave it out, or change the kind",
     "--beta -1": "command line: beta: got '-1', expected a positive number, in units of reward per nat",
     "--reward_weights []": "command line: got 0 reward_weights for 1 reward_funcs, expected as many of each",
     "--learning_rate --seed 1": "command line: --learning_rate has no value; expected --learning_rate VALUE",
@@ -53,3 +59,17 @@ def test_a_message_names_the_places_it_may_be_about(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match=r"run\.yaml: got an empty file"):
         load(file)
+
+
+def test_an_option_changes_the_kind_of_target_or_a_field_of_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "dataset_name: a.jsonl\nreward_funcs: b.py:c\nbeta: 0.5\ntarget: {kind: entropy_bonus, bonus: 0.1}\n"
+    )
+    assert load(file).target.model_dump() == {"kind": "entropy_bonus", "bonus": 0.1}
+    assert load(file, ["--target.bonus", "0.2"]).target.model_dump() == {
+        "kind": "entropy_bonus",
+        "bonus": 0.2,
+    }
+    assert load(file, ["--target.kind", "length_normalized"]).target.kind == "length_normalized"
+    assert load(None, NEEDED).target.kind == "tilt"

@@ -149,6 +149,8 @@ def test_help_loads_neither_torch_nor_transformers():
 
 def test_small_commands(klimb):
     status, out, _ = klimb("schema")
+    kinds = json.loads(out)["properties"]["target"]["discriminator"]["mapping"]
+    assert set(kinds) == {"tilt", "entropy_bonus", "length_normalized"}
     fields = json.loads(out)["properties"]
     assert status == 0
     assert 40 <= len(fields) <= 64

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+import klimb.target
+from klimb.config.options import PYTHON_ONLY
 from klimb.store import list_checkpoints
 
 CHAT = [{"role": "user", "content": "write a review"}]
@@ -19,6 +21,40 @@ CASES = [
     ("beta NaN", {"kl_budget": None, "beta": "nan"}, None, ["beta", "nan", "positive"]),
     ("beta 0", {"kl_budget": None, "beta": 0}, None, ["beta 0 has no target", "kl_budget"]),
     ("beta and kl_budget", {"beta": 0.1}, None, ["beta 0.1 and kl_budget 0.5", "expected one of"]),
+    (
+        "unknown target",
+        {"target.kind": "tilted"},
+        None,
+        ["target.kind", "'tilted'", "entropy_bonus", "length_normalized"],
+    ),
+    *(
+        (
+            f"target in Python: {kind}",
+            {"target.kind": kind},
+            None,
+            [kind, f"in Python only: klimb.target.{name}"],
+        )
+        for kind, name in PYTHON_ONLY.items()
+    ),
+    (
+        "an entropy bonus and a budget",
+        {"target.kind": "entropy_bonus", "target.bonus": 0.1},
+        None,
+        ["entropy_bonus", "got kl_budget 0.5", "expected a beta"],
+    ),
+    (
+        "an entropy bonus and a goal",
+        {"target.kind": "entropy_bonus", "target.bonus": 0.1, "kl_budget": None, "reward_goal": 0.4},
+        None,
+        ["entropy_bonus", "got reward_goal 0.4", "expected a beta"],
+    ),
+    ("a bonus for the tilt", {"target.bonus": 0.1}, None, ["target.bonus does not go with target.kind tilt"]),
+    (
+        "a threshold of another reward",
+        {"target.kind": "length_normalized", "method": "filtered", "num_replay": 0},
+        None,
+        ["filtered", "length_normalized"],
+    ),
     (
         "budget and few draws",
         {"num_plan_draws": 16, "kl_budget": 3},
@@ -132,6 +168,16 @@ def test_bad_input(klimb, tiny_run, options, tmp_path, monkeypatch, changes, fil
     refused(klimb("climb", "-q", *options(settings)), words)
     after = [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)]
     assert after == before  # nothing half-written
+
+
+def test_targets_that_are_in_python_only_are_there():
+    assert set(PYTHON_ONLY.values()) <= set(klimb.target.__all__)
+
+
+def test_rejection_draws_from_the_tilt_alone(klimb, tiny_run, options):
+    settings = {**tiny_run, "kl_budget": None, "beta": 0.5, "target.kind": "length_normalized"}
+    found = klimb("sample", *options(settings), "--method", "rejection", "--bound", "1.5")
+    refused(found, ["plain tilt", "length_normalized"])
 
 
 def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path):

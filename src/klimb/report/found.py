@@ -148,8 +148,11 @@ def frontier(found: Found) -> list[Point]:
 def chosen_beta(found: Found) -> tuple[float | None, str]:
     """The beta of the run, and why it is this one."""
     written = found.plan.get("beta")
+    target = found.plan.get("target")
+    means = target.get("means") if isinstance(target, Mapping) else None
     if isinstance(written, Mapping):
-        return as_number(written.get("value")), str(written.get("why") or "")
+        why = str(written.get("why") or "")
+        return as_number(written.get("value")), f"{why}; {means}" if means else why
     measured = as_number(found.measurement.get("beta"))
     return (measured if as_number(written) is None else as_number(written)), ""
 

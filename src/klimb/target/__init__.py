@@ -12,7 +12,7 @@ moment. The others are dataclasses of their own, with the same `reference`, `rew
 from klimb.target.chi_squared import ChiSquaredTarget, chi_squared
 from klimb.target.constraints import Forbid, forbid, moment_tilt
 from klimb.target.entropy import EntropyTarget, entropy_bonus
-from klimb.target.implied import implied_reward
+from klimb.target.implied import implied_reward, own_reward
 from klimb.target.mixture import LogRatio, MixtureRatio, geometric_mixture, mixture
 from klimb.target.moving import MovingTarget, composed_beta, moving_reference
 from klimb.target.per_length import LengthNormalizedTarget, length_normalized
@@ -39,6 +39,7 @@ __all__ = [
     "mixture",
     "moment_tilt",
     "moving_reference",
+    "own_reward",
     "settled_betas",
     "standardized",
     "tilt",

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from klimb.data import Scored, Target
+from klimb.data import Pool, Scored, Target
+from klimb.target.tilt import Tilt
 
 
 def implied_reward(target: Target, scored: Scored) -> Tensor:
@@ -54,3 +55,21 @@ def implied_reward(target: Target, scored: Scored) -> Tensor:
             "infinite; expected a reference that can make every draw the target wants"
         )
     return (target.beta * (log_target - scored.log_ref)).masked_fill(impossible, -torch.inf)
+
+
+def own_reward(target: Target, pool: Pool) -> Tensor:
+    """The implied reward of a pool's draws, [P, G]; of a `Tilt` its reward, bit by bit.
+
+    Raises:
+        ValueError: as `implied_reward`.
+    """
+    if isinstance(target, Tilt):
+        return pool.reward
+    log_q = pool.draws.log_q
+    wide = Scored(  # log_target - log_ref of long completions is a small difference
+        log_ref=pool.log_ref.double(),
+        reward=pool.reward.double(),
+        log_q=None if log_q is None else log_q.double(),
+        lengths=pool.draws.lengths,
+    )
+    return implied_reward(target, wide).to(pool.reward)

@@ -1,31 +1,30 @@
-"""What a run is: one schema for the YAML file, for `--name value` on the command line and for editors (`klimb schema`).
+"""All that a run depends on, as one schema.
 
 Names are TRL's where the meaning is the same. A batch is `prompts_per_step` prompts with `num_generations` fresh
-completions each: nothing is divided by anything. Python users do not need any of this: the verbs take values.
+completions each: nothing is divided by anything.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from klimb.nearest import nearest, nearest_file
+from klimb.nearest import nearest
 
 DESTINATIONS = ("beta", "kl_budget", "reward_goal")
+UNIONS = {"family": "lora", "target": "tilt"}
+"""keys that hold one of several kinds -> the kind unless said"""
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -120,6 +119,44 @@ UNTRAINED = {
 }
 
 
+class PlainTilt(BaseModel):
+    """The reference tilted by the reward: ref exp(reward / beta)."""
+
+    model_config = STRICT
+
+    kind: Literal["tilt"] = "tilt"
+
+
+class EntropyBonus(BaseModel):
+    """The tilt with a bonus on entropy, which flattens it; needs a beta."""
+
+    model_config = STRICT
+
+    kind: Literal["entropy_bonus"] = "entropy_bonus"
+    bonus: Positive
+    """worth of entropy, reward per nat"""
+
+
+class LengthNormalized(BaseModel):
+    """The tilt by reward per token; beta and reward_goal count that."""
+
+    model_config = STRICT
+
+    kind: Literal["length_normalized"] = "length_normalized"
+
+
+PYTHON_ONLY = {
+    "moving_reference": "moving_reference",
+    "standardized": "standardized",
+    "mixture": "mixture",
+    "geometric_mixture": "geometric_mixture",
+    "chi_squared": "chi_squared",
+    "forbid": "forbid",
+    "moments": "moment_tilt",
+}
+"""targets that need more than log_ref, reward and lengths of each draw -> their names in klimb.target"""
+
+
 class Config(BaseModel):
     """All that a run depends on."""
 
@@ -156,6 +193,8 @@ class Config(BaseModel):
     reward_weights: list[float] | None = None
     """one a reward; left out: 1 each"""
 
+    target: Annotated[PlainTilt | EntropyBonus | LengthNormalized, Field(discriminator="kind")] = PlainTilt()
+    """where to go; the tilt unless said"""
     beta: float | None = None
     """price of KL, reward per nat; give this, kl_budget or reward_goal"""
     kl_budget: Positive | None = None
@@ -259,9 +298,10 @@ class Config(BaseModel):
             data["kl_budget"] = 1.0
         if data.get("num_replay") is None:
             data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
-        family = data.get("family")
-        if isinstance(family, Mapping) and "kind" not in family:
-            data["family"] = {"kind": "lora", **family}
+        for name, kind in UNIONS.items():
+            given = data.get(name)
+            if isinstance(given, Mapping) and "kind" not in given:
+                data[name] = {"kind": kind, **given}
         return data
 
     @field_validator("reward_funcs", "report_to", "reward_weights", mode="before")
@@ -299,6 +339,16 @@ class Config(BaseModel):
             raise ValueError(
                 f"got {' and '.join(f'{name} {getattr(self, name):g}' for name in given)}, expected one of "
                 f"{', '.join(DESTINATIONS)}; switch the others off ({' or '.join(f'--{name} null' for name in given)})"
+            )
+        if self.target.kind == "entropy_bonus" and self.beta is None:
+            raise ValueError(
+                f"target.kind entropy_bonus: got {given[0]} {getattr(self, given[0]):g}, expected a beta: the bonus is "
+                "itself so many nats from the reference; give --beta, and --kl_budget null --reward_goal null"
+            )
+        if self.target.kind != "tilt" and self.method == "filtered":
+            raise ValueError(
+                f"method filtered keeps what reaches a threshold of the plain reward, which target.kind "
+                f"{self.target.kind} is not about; use raft or log_variance, or target.kind tilt"
             )
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
@@ -344,179 +394,3 @@ class Config(BaseModel):
     def needs_log_z(self) -> bool:
         """True if the method cannot do without log Z of each prompt, which the plan's pool gives."""
         return self.method in NEED_LOG_Z or self.method.partition("(")[0] in FAMILIES
-
-
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, then options of the command line over it.
-
-    Args:
-        path: the file, or None for options alone.
-        overrides: `["--learning_rate", "1e-3", "--family.r=8"]`; hyphens count as underscores.
-
-    Returns:
-        The configuration, with files it names resolved: from the current folder, or if they are not there, from the
-        folder of the YAML file.
-
-    Raises:
-        ValueError: an unknown or misspelt name, a value that is not possible, YAML that cannot be read.
-
-    Example:
-        >>> config = load(None, ["--dataset_name", "a.jsonl", "--reward-funcs", "math:hypot", "--family.r", "8"])
-        >>> config.family.r, config.reward_funcs, config.kl_budget
-        (8, ['math:hypot'], 1.0)
-        >>> load(None, ["--learning_rat", "1"])
-        Traceback (most recent call last):
-        ...
-        ValueError: command line: no option --learning_rat (did you mean '--learning_rate'?); klimb schema lists them
-    """
-    base = {} if path is None else read_yaml(Path(path))
-    arguments = [_underscored(argument) for argument in overrides]
-    _check_names(arguments)
-    where = " and ".join([*([] if path is None else [str(path)]), *(["command line"] if overrides else [])])
-    config = _validated(base, arguments, where=where or "command line")
-    return config if path is None else _found(config, Path(path).parent)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, without the rights to build anything but plain values.
-
-    Raises:
-        ValueError: no such file, not YAML (by line), nothing in it or no mapping, a key that does not exist.
-    """
-    if path.is_dir():
-        raise ValueError(
-            f"{path}: got a folder, expected a YAML file, such as a run's {path / 'config.yaml'}"
-        )
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file{nearest_file(path)}")
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f", line {mark.line + 1}"
-        raise ValueError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{path}: got {'an empty file' if found is None else type(found).__name__}, expected lines such as "
-            "`dataset_name: a.jsonl`"
-        )
-    for name in _names_in(found):
-        if name not in NAMES:
-            raise ValueError(f"{path}: no key {name!r}{nearest(name, NAMES)}; klimb schema lists them")
-    return found
-
-
-def schema() -> dict[str, Any]:
-    """JSON schema of the YAML file, for editors."""
-    return Config.model_json_schema()
-
-
-def _names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for part in get_args(field.annotation):
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from _names(part, f"{prefix}{name}.")
-
-
-NAMES = tuple(dict.fromkeys(_names(Config)))
-
-
-def _names_in(found: Mapping[str, Any]) -> Iterable[str]:
-    for name, value in found.items():
-        yield str(name)
-        if name == "family" and isinstance(value, Mapping):
-            yield from (f"family.{inner}" for inner in value)
-
-
-def _underscored(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
-
-
-def _check_names(arguments: Sequence[str]) -> None:
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"command line: got {word!r}, expected an option such as --learning_rate 1e-3")
-        name, equals, _ = word[2:].partition("=")
-        if name not in NAMES:
-            near = nearest(name, NAMES, prefix="--")
-            raise ValueError(f"command line: no option --{name}{near}; klimb schema lists them")
-        value = "" if equals else next(words, None)
-        if value is None or value.startswith("--"):
-            raise ValueError(f"command line: {word} has no value; expected {word} VALUE")
-
-
-def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str) -> Config:
-    given = {**base, **(typed := _parsed(arguments))}
-    written, now = base.get("family"), typed.get("family")
-    if isinstance(written, Mapping) and isinstance(now, Mapping):
-        # another kind of family begins from its own defaults
-        same = now.get("kind") in (None, written.get("kind", "lora"))
-        given["family"] = {**(written if same else {}), **now}
-    try:
-        return Config.model_validate(given)
-    except ValidationError as error:
-        lines = [_explained(details) for details in error.errors()]
-        raise ValueError(
-            "\n  ".join([f"{where}:", *lines]) if len(lines) > 1 else f"{where}: {lines[0]}"
-        ) from error
-
-
-def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options as a nested mapping; lists, null and unions as pydantic-settings reads them."""
-    from pydantic_settings import BaseSettings, CliSettingsSource
-
-    options = type(
-        "Options", (Config, BaseSettings), {"model_config": {"env_prefix": "KLIMB_NO_ENVIRONMENT_"}}
-    )
-    source: Any = CliSettingsSource(
-        options, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_parse_none_str="null"
-    )
-    return source()
-
-
-def _explained(details: Mapping[str, Any]) -> str:
-    """A complaint of pydantic's in our words: the option, what was got, what is expected."""
-    name = ".".join(str(part) for part in details["loc"] if part not in ("lora", "full"))
-    kind, got, context = details["type"], details["input"], details.get("ctx", {})
-    if kind == "missing":
-        return f"{name} is missing; give it in the file or as --{name}"
-    if kind == "extra_forbidden":
-        if name in NAMES:
-            return (
-                f"{name} does not go with family.kind {details['loc'][1]}; leave it out, or change the kind"
-            )
-        return f"no key {name!r}{nearest(name, NAMES)}; klimb schema lists them"
-    if kind == "union_tag_invalid":
-        return f"{name}.kind: got {context['tag']!r}, expected one of {context['expected_tags']}"
-    if kind == "model_attributes_type":
-        return f"{name}: got {got!r}, expected fields of it, such as {name}.kind or {name}.r"
-    if kind == "too_short":
-        return f"{name}: got {got!r}, expected at least {context['min_length']}"
-    said = details["msg"].removeprefix("Value error, ").partition(", unable to")[0]
-    number = "a number " if kind.startswith(("greater", "less")) else ""
-    said = said.replace("Input should be ", f"expected {number}").replace("a valid integer", "a whole number")
-    said = said.replace("a valid boolean", "true or false").replace("a valid ", "a ")
-    if not name:
-        return said
-    return f"{name}: got {got!r}{',' if said.startswith('expected') else ':'} {said}"
-
-
-def _found(config: Config, folder: Path) -> Config:
-    """Files that are not in the current folder, but beside the YAML file."""
-
-    def beside(name: str) -> str:
-        file, colon, rest = name.partition(":")
-        there = folder / file
-        # a bare name such as `math:hypot` or a hub id is a file only if it is one
-        return f"{there}{colon}{rest}" if not Path(file).exists() and there.exists() else name
-
-    return config.model_copy(
-        update={
-            "dataset_name": beside(config.dataset_name),
-            "reward_funcs": [beside(name) for name in config.reward_funcs],
-            **({} if config.plan is None else {"plan": beside(config.plan)}),
-        }
-    )

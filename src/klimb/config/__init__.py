@@ -1,0 +1,37 @@
+"""What a run is: one schema for the YAML file, for `--name value` on the command line and for editors (`klimb schema`).
+
+One idea a file: options (the schema), loading (files and options into it). Python users do not need any of this: the
+verbs take values.
+"""
+
+from klimb.config.loading import load, read_yaml, schema
+from klimb.config.options import (
+    DESTINATIONS,
+    FAMILIES,
+    NEED_LOG_Z,
+    TRAINED,
+    UNTRAINED,
+    Config,
+    EntropyBonus,
+    Full,
+    LengthNormalized,
+    Lora,
+    PlainTilt,
+)
+
+__all__ = [
+    "DESTINATIONS",
+    "FAMILIES",
+    "NEED_LOG_Z",
+    "TRAINED",
+    "UNTRAINED",
+    "Config",
+    "EntropyBonus",
+    "Full",
+    "LengthNormalized",
+    "Lora",
+    "PlainTilt",
+    "load",
+    "read_yaml",
+    "schema",
+]
