@@ -1,7 +1,7 @@
 """What a checkpoint holds: everything that the next step depends on, as named tensors and as JSON.
 
 Weights (float32 masters), optimizer, scheduler, average, generator, the critic and its optimizer where there is one, the
-prompts still to come, and the replay.
+prompts still to come, the replay, and the running log Z where there is one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from klimb import store
 from klimb.models.critic import Critic
 from klimb.models.master import masters, write_out
+from klimb.numbers.running import RunningLogZ
 from klimb.samplers.replay import Kept, Replay
 from klimb.train import TrainState
 
@@ -65,6 +66,8 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
             [[row.log_q, row.log_ref, row.reward] for row in kept], dtype=torch.float64
         ),
     }
+    if state.log_z is not None:
+        tensors |= {f"log_z.{name}": x for name, x in vars(state.log_z).items()}
     if moving.critic_optimizer is not None:
         tensors |= {f"critic.{i}": p.detach() for i, p in enumerate(masters(moving.critic_optimizer))}
         tensors |= _slots("critic_optimizer", moving.critic_optimizer)
@@ -111,7 +114,13 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
         group["lr"] = lr
     moving.scheduler.load_state_dict({**moving.scheduler.state_dict(), **rest["scheduler"]})
     moving.generator.set_state(tensors["generator"])
-    return TrainState(rest["step"], tuple(rest["order"]), _replay(tensors, rest["replay"], replay))
+    running = {name.removeprefix("log_z."): x for name, x in tensors.items() if name.startswith("log_z.")}
+    return TrainState(
+        rest["step"],
+        tuple(rest["order"]),
+        _replay(tensors, rest["replay"], replay),
+        RunningLogZ(**running) if running else None,
+    )
 
 
 def _slots(kind: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

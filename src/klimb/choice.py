@@ -29,7 +29,7 @@ class Choice:
         objective: numbers -> [P], its options set.
         derived: numbers made once for a batch of draws, before it is learned from.
         in_nats: True if the objective is in nats, and is multiplied by beta to be in units of reward.
-        needs_log_z: True if it cannot do without log Z of each prompt, which the plan's pool gives.
+        needs_log_z: True if it cannot do without log Z of each prompt, which the plan's pool gives, or gives at first.
         has_critic: True if a critic learns the returns among the derived numbers.
         fresh_only: True if kept draws are of no use to it: its advantages hold for the policy that drew.
     """
@@ -99,6 +99,11 @@ def chosen(config: Config) -> Choice:
         raise ValueError(
             f"num_iterations {config.num_iterations}: {config.method} does not know how old its draws are; use 1, or "
             "kept draws (num_replay)"
+        )
+    if config.log_z == "running" and not needs_log_z(row):
+        raise ValueError(
+            f"log_z running: {config.method} asks for no log Z; leave log_z out, or use a method such as jensen_shannon "
+            "or trajectory_balance"
         )
     has_critic = "returns" in row.derived
     touched = [

@@ -19,8 +19,10 @@ from torch import Tensor
 from klimb.backward import Objective, Passed, known_numbers
 from klimb.data import Draws, Example, Pool, Sampler, Target, join_pools
 from klimb.learn import Recipe, learn
+from klimb.log_z import used_and_moved
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate
+from klimb.numbers.running import RunningLogZ
 from klimb.objectives.bind import name_of
 from klimb.rewards.load import score
 from klimb.samplers.replay import Replay
@@ -38,11 +40,13 @@ class TrainState:
         step: how many steps are done.
         order: the prompts still to come in this pass over the data.
         replay: completions kept.
+        log_z: a running log Z of each example (`klimb.log_z.start_log_z`), or None.
     """
 
     step: int = 0
     order: tuple[int, ...] = ()
     replay: Replay = field(default_factory=Replay)
+    log_z: RunningLogZ | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def train(
         num_replay: kept completions a prompt beside the fresh ones.
         replay_steps: so many first steps draw nothing and use num_draws + num_replay kept completions.
         keep_fresh: whether fresh completions join the replay.
-        log_z: id of an example -> log Z of its target, nats; for objectives that ask for it.
+        log_z: id of an example -> log Z of its target, nats; for objectives that ask for it. Not beside the state's
+            running one, which is used as it was before a step's draws, and then takes them in.
         scheduler: of the learning rate, stepped once a step.
         state: where to go on; by default at the start, with nothing kept.
         generator: the only source of randomness.
@@ -111,9 +116,13 @@ def train(
         A Step after each of them.
 
     Raises:
-        ValueError: the objective needs numbers or more draws than it gets; the gradient is not finite.
+        ValueError: the objective needs numbers or more draws than it gets; the gradient is not finite; two log Z.
     """
     state = state or TrainState()
+    if log_z is not None and state.log_z is not None:
+        raise ValueError(
+            "train: got log_z and a state with a running one, expected one of them; leave out log_z"
+        )
     while state.step < max_steps:
         chosen, order = next_prompts(state.order, len(examples), prompts_per_step, generator=generator)
         batch = [examples[i] for i in chosen]
@@ -127,6 +136,9 @@ def train(
         known = known_numbers(pool, target)
         if log_z is not None:
             known["log_z"] = torch.tensor([log_z[example.id] for example in batch])
+        running, news = state.log_z, {}
+        if running is not None:
+            known["log_z"], running, news = used_and_moved(running, fresh, target, torch.tensor(chosen))
 
         clock = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
@@ -147,8 +159,8 @@ def train(
         if fresh is not None:
             fresh = with_log_pi(fresh, pool, passed)
         replay = state.replay.extended(fresh) if fresh is not None and keep_fresh else state.replay
-        state = TrainState(state.step + 1, order, replay)
-        moved["learning_rate"] = rate
+        state = TrainState(state.step + 1, order, replay, running)
+        moved |= {"learning_rate": rate, **news}
         yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, target=target)
 
 

@@ -18,15 +18,14 @@ from klimb.config import Config
 from klimb.data import Example, Pool, Target
 from klimb.learn import Recipe
 from klimb.loaded import Loaded, generator_for
+from klimb.log_z import plan_log_z, start_log_z
 from klimb.measure import certify
 from klimb.models.critic import Critic
 from klimb.models.families import save_policy
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
-from klimb.numbers.tilt import log_partition
 from klimb.plan import draw_pool
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
-from klimb.target import own_reward
 from klimb.train import Step, TrainState, train
 from klimb.watch import Watch
 
@@ -53,7 +52,7 @@ def trained(
     config = loaded.config
     target = aimed_at(config.target, loaded.reference, loaded.reward, beta)
     moving = _moving(loaded)
-    state, examples = _first(loaded, pool)
+    state, examples = _first(loaded, pool, target)
     state = _taken_up(path, state, moving, resume, watch)
     choice = chosen(config)
     steps = train(
@@ -80,7 +79,7 @@ def trained(
         num_replay=config.num_replay,
         replay_steps=config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
-        log_z=_log_z(pool, target) if choice.needs_log_z else None,
+        log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
         scheduler=moving.scheduler,
         state=state,
         generator=moving.generator,
@@ -146,14 +145,16 @@ def _moving(loaded: Loaded) -> Moving:
     )
 
 
-def _first(loaded: Loaded, pool: Pool | None) -> tuple[TrainState, list[Example]]:
+def _first(loaded: Loaded, pool: Pool | None, target: Target) -> tuple[TrainState, list[Example]]:
     """The state before the first step, with the plan's pool as the first replay, and the prompts to train on."""
     config, examples = loaded.config, list(loaded.train_examples)
     if pool is None or not (config.num_replay > 0 or config.replay_steps > 0 or config.needs_log_z):
         return TrainState(), examples
     replay = Replay(limit=max(Replay().limit, pool.draws.num_draws)).extended(pool)
     kept = {example.id for example in pool.draws.examples}  # only of these something is known
-    return TrainState(replay=replay), [example for example in examples if example.id in kept]
+    examples = [example for example in examples if example.id in kept]
+    running = start_log_z(pool, examples, target) if config.log_z == "running" else None
+    return TrainState(replay=replay, log_z=running), examples
 
 
 def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch) -> TrainState:
@@ -167,13 +168,6 @@ def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch
         store.truncate_jsonl(path / "metrics.jsonl", state.step)
     store.remove_draws_after(path, "train", state.step)
     return state
-
-
-def _log_z(pool: Pool | None, target: Target) -> dict[str, float]:
-    """Log Z of each of the plan's prompts, nats, from its reference draws."""
-    assert pool is not None
-    found = log_partition(own_reward(target, pool), target.beta).tolist()
-    return {example.id: x for example, x in zip(pool.draws.examples, found, strict=True)}
 
 
 def _check_useful(step: Step, rewards: set[float]) -> None:

@@ -21,7 +21,7 @@ FLOORS = [  # from the bottom
     {"data", "nearest"},
     {"models", "samplers", "rewards", "target"},
     {"methods", "backward"},
-    {"learn"},
+    {"learn", "log_z"},
     {"plan", "train", "measure", "sample", "climb"},
     {"report", "store", "config", "dataset"},
     {"trackers", "records", "checkpoint", "watch"},

@@ -94,8 +94,8 @@ def test_a_budget_finds_the_beta_of_the_reward_per_token(klimb, tiny_run, option
 def test_log_z_and_the_numbers_of_a_step_are_the_targets(kind):
     from klimb.backward import known_numbers
     from klimb.data import Draws, Example, Pool
+    from klimb.log_z import plan_log_z
     from klimb.target import entropy_bonus, length_normalized, own_reward, tilt
-    from klimb.training import _log_z
 
     g = torch.Generator().manual_seed(3)
     ids = [[torch.arange(n) for n in (1, 2, 5)]]
@@ -111,7 +111,7 @@ def test_log_z_and_the_numbers_of_a_step_are_the_targets(kind):
     # the objectives of reward and beta and those of log_target climb to one place
     torch.testing.assert_close(numbers["log_target"], log_ref + numbers["reward"] / numbers["beta"])
     log_z = (numbers["log_target"] - log_ref).exp().mean().log()
-    (found,) = _log_z(pool, target).values()
+    (found,) = plan_log_z(pool, target).values()
     assert found == pytest.approx(log_z.item(), abs=1e-5)
     assert found != pytest.approx(log_partition(reward, BETA).item(), abs=1e-2)
     assert own_reward(tilt(None, None, BETA), pool) is reward  # bit by bit

@@ -81,6 +81,8 @@ CASES = [
     ("its own draws", {"method": "sft"}, None, ["it learns nothing"]),
     ("replay for ppo", {"method": "ppo", "num_replay": 4}, None, ["fresh draws alone", "num_replay 4"]),
     ("a value head without ppo", {"gae_lambda": 0.9}, None, ["gae_lambda", "no critic", "ppo"]),
+    ("log Z for nobody", {"log_z": "running"}, None, ["log_z running", "log_variance asks for no log Z"]),
+    ("log Z of elsewhere", {"log_z": "learned"}, None, ["log_z", "'learned'", "'plan' or 'running'"]),
     ("epsilon without a ratio", {"epsilon": 0.2}, None, ["epsilon", "does not clip"]),
     (
         "minibatches of less than a prompt",

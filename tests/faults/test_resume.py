@@ -8,12 +8,14 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from klimb import run as edge
+from klimb import training
 from klimb.config import load
 from klimb.run import climb, run_train
 from klimb.store import load_latest_checkpoint, read_draws, read_jsonl
@@ -304,3 +306,43 @@ def test_ppo_resumes_with_its_critic(ppo, tmp_path, monkeypatch, forgets):
     same = steps_of(tmp_path / "run") == steps_of(never)
     assert same == (forgets is None)
     assert all("value_loss" in record and record["updates"] == 4 for record in steps_of(never))
+
+
+@pytest.fixture(scope="module")
+def running(make_run, options, tmp_path_factory):
+    """A method that asks for log Z, and a log Z that every step changes, on few enough prompts to come back to each."""
+    changes = {
+        "method": "jensen_shannon",
+        "log_z": "running",
+        "num_replay": 0,
+        "max_prompts": 4,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    return load(None, options({**make_run(tmp_path_factory.mktemp("running")), **changes}))
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_running_log_z_is_taken_up_where_it_was(running, tmp_path, monkeypatch, forgets):
+    never = run_train(at(running, tmp_path / "never")).path
+    seen = []
+    watch = Watch(
+        event=lambda kind, record: seen.append(kind) if kind == "step" else None, stop=lambda: len(seen) == 2
+    )
+    stopped = run_train(at(running, tmp_path / "run"), watch=watch)
+    assert (stopped.step, stopped.interrupted) == (2, True)
+    real = training._taken_up
+    if forgets:  # and begins again with the plan's
+        monkeypatch.setattr(
+            training,
+            "_taken_up",
+            lambda path, state, *rest: replace(real(path, state, *rest), log_z=state.log_z),
+        )
+    run_train(at(running, tmp_path / "run"), resume=True)
+    a, b = everything(tmp_path / "run"), everything(never)
+    assert all((a[name] == b[name]) == (not forgets) for name in ("metrics", "policy", "checkpoint"))
+    assert a["files"] == b["files"]
+    records = steps_of(never)
+    assert all(record["log_z_change"] != 0 for record in records)
+    for earlier, later in pairwise(records):  # all four prompts are in every step
+        assert abs(earlier["log_z"] + earlier["log_z_change"] - later["log_z"]) < 1e-12

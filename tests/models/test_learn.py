@@ -9,20 +9,25 @@ from functools import partial
 import pytest
 import torch
 
+from klimb import log_z as log_z_of_steps
 from klimb.choice import chosen, needs_log_z, takes_forbidden
 from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load
 from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
+from klimb.log_z import plan_log_z, start_log_z, take_in
 from klimb.methods import METHODS, working_with
 from klimb.models.critic import Critic
 from klimb.models.families import lora
-from klimb.objectives import generators, log_variance
+from klimb.numbers.running import add_draws, running_log_z
+from klimb.objectives import generators, log_variance, trajectory_balance
+from klimb.plan import draw_pool
 from klimb.samplers.ancestral import ancestral
 from klimb.target import tilt
-from klimb.train import train
+from klimb.train import TrainState, train
 
 BETA = 0.3
+AIM = tilt(None, None, BETA)
 EXAMPLES = [Example("a"), Example("ba")]
 SPACE = all_strings(7, 2)
 
@@ -65,7 +70,9 @@ def gap(policy, reference):
     return BETA * kl(log_pi, normalise(log_target)).mean().item()
 
 
-def climbed(policies, method, *, max_steps=12, lr=0.01, critic=None, **options):
+def climbed(
+    policies, method, *, max_steps=12, lr=0.01, critic=None, running=None, seed=1, objective=None, **options
+):
     policy, reference = policies
     words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--method", method]
     choice = chosen(load(None, [*words, "--num_replay", "0"]))
@@ -76,13 +83,16 @@ def climbed(policies, method, *, max_steps=12, lr=0.01, critic=None, **options):
         policy,
         tilt(reference, brevity, BETA),
         partial(ancestral, max_completion_length=2),
-        Recipe(choice.objective, choice.derived, in_nats=choice.in_nats, critic=critic, **options),
+        Recipe(
+            objective or choice.objective, choice.derived, in_nats=choice.in_nats, critic=critic, **options
+        ),
         torch.optim.Adam(policy.trainable, lr=lr),
         max_steps=max_steps,
         prompts_per_step=2,
         num_draws=16,
-        log_z=log_z if choice.needs_log_z else None,
-        generator=torch.Generator().manual_seed(1),
+        log_z=log_z if choice.needs_log_z and running is None else None,
+        state=TrainState(log_z=running),
+        generator=torch.Generator().manual_seed(seed),
     )
     return list(steps)
 
@@ -313,3 +323,103 @@ def test_a_bound_on_the_ratio_reaches_the_objective():
     ]
     clip = chosen(load(None, [*words, "--epsilon_high", "0.3"])).objective.keywords["clip"]
     assert clip.keywords == {"low": 0.1, "high": 0.3}
+
+
+# A running log Z: the plan is small, eight reference draws a prompt, and each step adds sixteen of the policy's.
+
+
+def small_plan(policies, seed=1):
+    generator = torch.Generator().manual_seed(100 + seed)
+    sampler = partial(ancestral, max_completion_length=2)
+    return draw_pool(EXAMPLES, policies[1], brevity, sampler, num_draws=8, generator=generator)
+
+
+def errors(policies, seeds=range(8)):
+    """Root mean square error of log Z, nats: the small plan's, and the running one's after twelve steps."""
+    policy, reference = policies
+    first = [p.detach().clone() for p in policy.trainable]
+    exact = log_partition(truth(reference, reference)[1])
+    found = []
+    for seed in seeds:
+        with torch.no_grad():
+            for parameter, value in zip(policy.trainable, first, strict=True):
+                parameter.copy_(value)
+        start = start_log_z(small_plan(policies, seed), EXAMPLES, AIM)
+        last = climbed(policies, "jensen_shannon", running=start, seed=seed)[-1].state.log_z
+        found.append(torch.stack([running_log_z(state) - exact for state in (start, last)]))
+    return torch.stack(found).square().mean((0, 2)).sqrt().tolist()
+
+
+def test_a_running_log_z_comes_nearer_to_the_true_one_than_the_small_plan(policies):
+    plan, running = errors(policies)
+    assert running < plan / 2
+
+
+def test_draws_weighted_as_if_the_reference_had_drawn_them_lead_away_from_it(policies, monkeypatch):
+    def without_the_law(state, fresh, target, prompts):
+        worth = fresh.reward / target.beta
+        return add_draws(state, worth, worth, prompts=prompts)
+
+    monkeypatch.setattr(log_z_of_steps, "take_in", without_the_law)
+    plan, wrong = errors(policies)
+    assert wrong > plan / 2
+
+
+@pytest.mark.parametrize("method", sorted(NEED_LOG_Z & set(ARRIVE)))
+def test_training_with_a_running_log_z_lowers_the_exact_gap(policies, method):
+    before = gap(*policies)
+    climbed(policies, method, running=start_log_z(small_plan(policies), EXAMPLES, AIM))
+    assert gap(*policies) < 0.6 * before
+
+
+def test_a_step_uses_the_log_z_from_before_its_draws(policies):
+    used = []
+
+    def objective(log_pi, log_target, log_z):
+        used.append(log_z)
+        return trajectory_balance(log_pi, log_target, log_z)
+
+    pool = small_plan(policies)
+    start = start_log_z(pool, EXAMPLES[::-1], AIM)  # rows follow the examples, not the plan
+    plan = plan_log_z(pool, AIM)
+    expected = torch.tensor([plan[example.id] for example in EXAMPLES[::-1]])
+    torch.testing.assert_close(running_log_z(start).float(), expected)
+
+    start = start_log_z(pool, EXAMPLES, AIM)
+    steps = climbed(policies, "trajectory_balance", running=start, objective=objective, max_steps=4)
+    before = start
+    for step, seen in zip(steps, used, strict=True):
+        prompts = torch.tensor([EXAMPLES.index(example) for example in step.fresh.draws.examples])
+        old, new = (running_log_z(state, prompts=prompts) for state in (before, step.state.log_z))
+        assert torch.equal(seen, old.float())
+        assert not torch.allclose(seen, new.float(), atol=1e-4)
+        assert step.numbers["log_z"] == old.mean().item()
+        assert step.numbers["log_z_change"] == (new - old).mean().item()
+        assert step.state.log_z.count.tolist() == [8 + 16 * step.step] * 2
+        before = step.state.log_z
+
+
+def test_a_running_log_z_refuses_what_it_cannot_weigh(policies):
+    pool = small_plan(policies)
+    start = start_log_z(pool, EXAMPLES, AIM)
+    target = tilt(policies[1], brevity, BETA)
+    for changes, said in (({"log_q": None}, "without log_q"), ({"full_support": False}, "top-p")):
+        other = replace(pool, draws=replace(pool.draws, **changes))
+        with pytest.raises(ValueError, match=said):
+            take_in(start, other, target, torch.arange(2))
+    steps = train(
+        EXAMPLES,
+        policies[0],
+        target,
+        partial(ancestral, max_completion_length=2),
+        Recipe(trajectory_balance),
+        torch.optim.Adam(policies[0].trainable),
+        max_steps=1,
+        prompts_per_step=2,
+        num_draws=2,
+        log_z=plan_log_z(pool, AIM),
+        state=TrainState(log_z=start),
+        generator=torch.Generator(),
+    )
+    with pytest.raises(ValueError, match="leave out log_z"):
+        next(steps)

@@ -223,6 +223,8 @@ class Config(BaseModel):
     """optimizer steps"""
     max_completion_length: Count = 32
     """tokens; longer completions are cut"""
+    log_z: Literal["plan", "running"] = "plan"
+    """of each prompt, for methods that need it: the plan's, or one that every fresh draw goes into"""
     clip: Positive | None = None
     """nats of residual above which a draw counts linearly; left out: never"""
     num_iterations: Count = 1
