@@ -252,7 +252,8 @@ def certify_worker(job):
     found = {}
     for mark in json.loads((Path(job["folder"]) / "trained.json").read_text())["marks"][1:]:
         weights = load_file(step_folder(job, mark["step"]) / "adapter_model.safetensors")
-        set_peft_model_state_dict(wrapped, weights, adapter_name="policy")
+        unused = set_peft_model_state_dict(wrapped, weights, adapter_name="policy").unexpected_keys
+        assert not unused, unused
         found[mark["step"]] = _certificate(job, policy, target, examples, sampler, pool)
     store.write_json(Path(job["folder"]) / "certified.json", found)
 

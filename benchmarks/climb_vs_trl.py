@@ -61,8 +61,16 @@ def main():
         return
     if not options.table:
         climb(options)
-    current = [r for r in read(options.records) if r["options"] == METHODS[r["method"]][2]]
-    print(tables(current, {name: title for name, (title, _, _) in METHODS.items()}, options.seeds[0]))
+    print(
+        tables(current(options), {name: title for name, (title, _, _) in METHODS.items()}, options.seeds[0])
+    )
+
+
+def current(options):
+    """The records of methods as they are now."""
+    return [
+        r for r in read(options.records) if r["method"] in METHODS and r["options"] == METHODS[r["method"]][2]
+    ]
 
 
 def parsed():
@@ -124,11 +132,8 @@ def climb(options):
 
     first, *others = options.seeds
     finish([run(method, rate, first) for method in options.only for rate in options.rates], options)
-    known = read(options.records)
-    best = {
-        method: best_rates([r for r in known if r["machine"] == common["machine"]], method, first)
-        for method in options.only
-    }
+    alike = [r for r in current(options) if all(r[name] == common[name] for name in ("machine", "settings"))]
+    best = {method: best_rates(alike, method, first) for method in options.only}
     finish([run(m, rate, seed) for seed in others for m in options.only for rate in best[m]], options)
 
 
@@ -137,25 +142,28 @@ def finish(runs, options):
     todo = missing(runs, read(options.records))
     if not todo:
         return
-    work = partial(worker, options)
-    plans = {plan_of(run, options): run for run in todo if "num_plan_draws" in run["options"]}
-    work("reference", todo[0], reference_of(todo[0], options), "untrained.json")
+    worker(options, "reference", reference_of(todo[0], options), "untrained.json")
+    plans = {job["folder"]: job for run in todo if (job := plan_of(run, options))}
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda plan: work("plan", plans[plan], plan, "cost.json"), plans))
+        list(pool.map(lambda job: worker(options, "plan", job, "cost.json"), plans.values()))
         list(pool.map(partial(finished, options), todo))
 
 
 def finished(options, run):
     """Train, certify, record; each in a process of its own, and what an earlier day has done is not done again."""
-    folder = options.work / file_name(run).removesuffix(".json")
-    reference = reference_of(run, options)
-    plan = str(plan_of(run, options)) if "num_plan_draws" in run["options"] else None
-    job = run | {"plan": plan, "reference": str(reference), "trainer": METHODS[run["method"]][1]}
-    worker(options, "klimb" if job["trainer"] == "klimb" else "trl", job, folder, "trained.json")
-    worker(options, "certify", job, folder, "certified.json")
+    folder, trainer = work_of(run, options), METHODS[run["method"]][1]
+    reference, plan = reference_of(run, options)["folder"], plan_of(run, options)
+    job = run | {
+        "folder": folder,
+        "trainer": trainer,
+        "reference": reference,
+        "plan": plan and plan["folder"],
+    }
+    worker(options, "klimb" if trainer == "klimb" else "trl", job, "trained.json")
+    worker(options, "certify", job, "certified.json")
     trained, certified, untrained = (
-        json.loads(path.read_text())
-        for path in (folder / "trained.json", folder / "certified.json", reference / "untrained.json")
+        json.loads(Path(path).read_text())
+        for path in (f"{folder}/trained.json", f"{folder}/certified.json", f"{reference}/untrained.json")
     )
     record = run | {
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
@@ -174,10 +182,9 @@ def finished(options, run):
     )
 
 
-def worker(options, kind, job, folder, result):
-    """Run a worker in a process of its own, unless an earlier one left its result; a folder of another job is cleared."""
-    job = job | {"model": options.model, "folder": str(folder)}
-    text = json.dumps([kind, job])
+def worker(options, kind, job, result):
+    """Run a worker in a process of its own, unless an earlier one of the same job left its result."""
+    folder, text = Path(job["folder"]), json.dumps([kind, job | {"model": options.model}])
     if (folder / result).exists() and (folder / f"{kind}.job").read_text() == text:
         return
     if kind != "certify" and folder.exists():
@@ -203,15 +210,30 @@ def worker(options, kind, job, folder, result):
         raise SystemExit(f"{kind} of {folder} ended with {done.returncode}: {last}; see {folder / kind}.log")
 
 
+def work_of(run, options):
+    """The folder of a run that is not finished."""
+    return str(options.work / file_name(run).removesuffix(".json"))
+
+
 def plan_of(run, options):
-    """The folder of the pool that this run starts from; runs of one seed and size share it."""
-    return (
-        options.work / f"plan-{run['machine']['device']}-{run['options']['num_plan_draws']}-seed{run['seed']}"
-    )
+    """The job of drawing the pool that this run starts from, or None; runs of one seed and size share it."""
+    draws, seed = run["options"].get("num_plan_draws"), run["seed"]
+    if draws is None:
+        return None
+    return {
+        **{name: run[name] for name in ("machine", "settings", "seed")},
+        "options": {name: run["options"][name] for name in ("family", "num_plan_draws")},
+        "folder": str(Path(work_of(run, options)).parent / f"plan-{draws}-seed{seed}"),
+    }
 
 
 def reference_of(run, options):
-    return options.work / f"reference-{run['machine']['device']}"
+    """The job of drawing the reference that all certificates share; of its family nothing but zeros is seen."""
+    return {
+        **{name: run[name] for name in ("machine", "settings")},
+        "options": {"family": LAST_LAYERS},
+        "folder": str(Path(work_of(run, options)).parent / "reference"),
+    }
 
 
 if __name__ == "__main__":

@@ -156,20 +156,20 @@ def test_a_second_day_runs_what_is_left(script, records_of, tmp_path, monkeypatc
     """Workers that write what a run would have left: each is called once, and a recorded run not at all."""
     called = []
 
-    def worker(options, kind, job, folder, result):
+    def worker(options, kind, job, result):
+        folder = Path(job["folder"])
         if (folder / result).exists():
             return
-        called.append((kind, job["method"], job["rate"], job["seed"]))
+        called.append((kind, *(job.get(name) for name in ("method", "rate", "seed"))))
         folder.mkdir(parents=True, exist_ok=True)
-        mark = {"step": job["steps"], "tokens": 9, "seconds": 9.0}
-        certified = {
-            name: point(0, 0, 0, 0.1 / job["rate"])[name] for name in ("gap", "kl", "reward", "attained")
-        }
+        steps, rate = job.get("steps"), job.get("rate", 1)
+        mark = {"step": steps, "tokens": 9, "seconds": 9.0}
+        certified = {name: point(0, 0, 0, 0.1 / rate)[name] for name in ("gap", "kl", "reward", "attained")}
         contents = {
             "untrained.json": point(0, 0, 0, 0.4),
             "cost.json": {},
             "trained.json": {"ended": None, "marks": [{"step": 0, "tokens": 0, "seconds": 0.0}, mark]},
-            "certified.json": {str(job["steps"]): certified},
+            "certified.json": {str(steps): certified},
         }
         (folder / result).write_text(json.dumps(contents[result]))
 
@@ -206,7 +206,7 @@ def test_a_second_day_runs_what_is_left(script, records_of, tmp_path, monkeypatc
     (tmp_path / "work").rename(tmp_path / "gone")
     script.climb(options)
     assert [call[:2] for call in called] == [
-        ("reference", "trl_rloo"),
+        ("reference", None),
         ("trl", "trl_rloo"),
         ("certify", "trl_rloo"),
     ]
