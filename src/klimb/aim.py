@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from klimb.config import EntropyBonus, LengthNormalized, PlainTilt
+from klimb.config import Aim, EntropyBonus, LengthNormalized
 from klimb.data import Policy, Reward, Target
 from klimb.target import entropy_bonus, length_normalized, tilt
 
@@ -15,9 +15,7 @@ REWARD_OF = {
 """what the numbers of plan.json and measure.json are of, where it is not the plain reward"""
 
 
-def aimed_at(
-    chosen: PlainTilt | EntropyBonus | LengthNormalized, reference: Policy, reward: Reward, beta: float
-) -> Target:
+def aimed_at(chosen: Aim, reference: Policy, reward: Reward, beta: float) -> Target:
     """The target of that kind at this beta.
 
     Each is the plain tilt of a reward that beta has no part in (`klimb.target.own_reward`), at `target.beta`; so a
@@ -39,7 +37,7 @@ def aimed_at(
     return (length_normalized if isinstance(chosen, LengthNormalized) else tilt)(known, reward, beta)
 
 
-def target_record(chosen: PlainTilt | EntropyBonus | LengthNormalized) -> dict[str, Any]:
+def target_record(chosen: Aim) -> dict[str, Any]:
     """What plan.json and measure.json say of the target.
 
     Example:

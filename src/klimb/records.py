@@ -72,15 +72,10 @@ def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str
         "frontier_efficiency",
         "overlap",
     )
-    pools = {"policy": found.policy_pool, "reference": found.reference_pool}
-    raw = {
-        name: mean_estimate(pool.reward, generator=torch.Generator().manual_seed(0)).as_dict()
-        for name, pool in pools.items()
-    }
     return {
         "target": target,
         "beta": c.beta,
-        **({"raw_reward": raw} if "means" in target else {}),
+        **({"raw_reward": _raw_reward(found)} if "means" in target else {}),
         **{name: getattr(c, name).as_dict() for name in estimates},
         "reference": {"reward": c.reference_reward.as_dict()},
         "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
@@ -94,4 +89,12 @@ def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str
         "warnings": list(c.warnings),
         "num_prompts": found.policy_pool.draws.num_prompts,
         "num_draws": found.policy_pool.draws.num_draws,
+    }
+
+
+def _raw_reward(found: Measurement) -> dict[str, Any]:
+    pools = {"policy": found.policy_pool, "reference": found.reference_pool}
+    return {
+        name: mean_estimate(pool.reward, generator=torch.Generator().manual_seed(0)).as_dict()
+        for name, pool in pools.items()
     }

@@ -101,14 +101,11 @@ NEED_LOG_Z = frozenset(
         "chi2_reverse",
         "chi2_forward",
         "squared_hellinger",
-        "alpha(0.5)",
-        "skew_kl(0.1)",
-        "skew_reverse_kl(0.1)",
-        "generalized_js(0.1)",
         "trajectory_balance",
         "a_star_po",
         "flow_rl",
         "dpg",
+        *(name for name in TRAINED if name.partition("(")[0] in FAMILIES),
     }
 )
 UNTRAINED = {
@@ -145,6 +142,8 @@ class LengthNormalized(BaseModel):
     kind: Literal["length_normalized"] = "length_normalized"
 
 
+Aim = PlainTilt | EntropyBonus | LengthNormalized
+"""the targets that a run can have"""
 PYTHON_ONLY = {
     "moving_reference": "moving_reference",
     "standardized": "standardized",
@@ -193,7 +192,7 @@ class Config(BaseModel):
     reward_weights: list[float] | None = None
     """one a reward; left out: 1 each"""
 
-    target: Annotated[PlainTilt | EntropyBonus | LengthNormalized, Field(discriminator="kind")] = PlainTilt()
+    target: Annotated[Aim, Field(discriminator="kind")] = PlainTilt()
     """where to go; the tilt unless said"""
     beta: float | None = None
     """price of KL, reward per nat; give this, kl_budget or reward_goal"""

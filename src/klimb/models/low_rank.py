@@ -96,8 +96,7 @@ def merged(model: nn.Module) -> Generator[None]:
             weight, adapter = layer.base_layer.weight.detach(), _adapter(layer)
             if adapter is not None and torch.finfo(weight.dtype).bits >= 32:
                 a, b, scale = adapter
-                if a.dtype == weight.dtype:
-                    layer.whole = torch.addmm(weight, b.detach(), a.detach(), alpha=scale)
+                layer.whole = torch.addmm(weight, b.detach(), a.detach(), alpha=scale)
         yield
     finally:
         for layer in layers:
@@ -110,13 +109,14 @@ def _fused(layer: nn.Module) -> bool:
 
 
 def _adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
-    """A, B and scale of the adapter that is on, if there is one and all it does is to add s (x A') B'."""
+    """A, B and scale of the adapter that is on, if all it does is to add s (x A') B' in its layer's dtype."""
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if layer.disable_adapters or layer.merged or name not in layer.lora_A or layer.lora_bias.get(name):
         return None
     if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout):
         return None
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return (a, b, layer.scaling[name]) if a.dtype == layer.base_layer.weight.dtype else None
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,9 +127,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if whole is not None:
         return nn.functional.linear(x, whole, base.bias)
     adapter = _adapter(layer)
-    if adapter is None or args or kwargs or base.weight.requires_grad:
+    if adapter is None or args or kwargs or base.weight.requires_grad or base.weight.dtype != x.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
     a, b, scale = adapter
-    if not base.weight.dtype == x.dtype == a.dtype:
-        return type(layer).forward(layer, x)
     return low_rank_linear(x, base.weight, base.bias, a, b, scale)

@@ -132,6 +132,7 @@ def _decode(
     with policy.activate(), merged(policy.model):
         hidden, cache, mask, position = policy.read_prompts(examples, num_draws)
         make_room(cache, longest - 1)
+        memory = remembering(policy.model, cache)
         rows = torch.arange(num_rows, device=policy.device)
         running = torch.ones(num_rows, dtype=torch.bool, device=policy.device)
         for step in range(longest):
@@ -155,7 +156,7 @@ def _decode(
                 input_ids=chosen[:, None],
                 attention_mask=mask,
                 position_ids=position[:, None],
-                **remembering(policy.model, cache),
+                **memory,
             ).last_hidden_state[:, -1]
             position = position + 1
     return tokens.cpu(), lengths.cpu(), log_q.cpu(), per_token.cpu()
