@@ -23,21 +23,15 @@ OFF = categorical(random_logits(ATOMS, generator=GENERATOR))
 UNIFORM = torch.full((1, ATOMS), 1 / ATOMS, dtype=torch.float64).log()
 
 
-def minimise(loss, num_atoms=ATOMS):
-    """L-BFGS from the uniform law, to the end."""
-    theta = torch.zeros(num_atoms, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
+@pytest.fixture
+def minimise(to_the_end):
+    """The law at which loss(log_pi) is least, from the uniform one."""
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(categorical(theta))
-        value.backward()
-        return value
+    def found(loss):
+        (theta,) = to_the_end(lambda theta: loss(categorical(theta)), torch.zeros(ATOMS, dtype=torch.float64))
+        return categorical(theta)
 
-    optimizer.step(closure)
-    return categorical(theta.detach())
+    return found
 
 
 def over_pairs(objective, log_q):
@@ -46,18 +40,18 @@ def over_pairs(objective, log_q):
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_off_policy_half_variance_ends_at_the_target(clip):
+def test_off_policy_half_variance_ends_at_the_target(clip, minimise):
     loss = over_pairs(lambda log_pi, y: log_variance(log_pi[y], LOG_TARGET[y], clip=clip), OFF)
     assert kl(minimise(loss), LOG_P) < 1e-8
 
 
-def test_mutant_of_the_reward_alone_ends_elsewhere():
+def test_mutant_of_the_reward_alone_ends_elsewhere(minimise):
     """The variance of log_target - 0.5 log_pi is flattened by p^2 / Z': the check can tell."""
     loss = over_pairs(lambda log_pi, y: log_variance(0.5 * log_pi[y], LOG_TARGET[y]), OFF)
     assert kl(minimise(loss), LOG_P) > 1e-2
 
 
-def test_without_full_support_half_variance_does_not_know():
+def test_without_full_support_half_variance_does_not_know(minimise):
     """Caveat: a law that never draws one atom says nothing of it; the pairs among the rest are still right."""
     filtered = normalise(OFF.masked_fill(torch.arange(ATOMS) == LOG_P.argmax(), -torch.inf))
     loss = over_pairs(lambda log_pi, y: log_variance(log_pi[y], LOG_TARGET[y]), filtered)
@@ -67,25 +61,25 @@ def test_without_full_support_half_variance_does_not_know():
     assert (LOG_TARGET - found)[seen].std() < 1e-5
 
 
-def test_forward_kl_with_exact_weights_ends_at_the_target():
+def test_forward_kl_with_exact_weights_ends_at_the_target(minimise):
     log_w = (LOG_TARGET - UNIFORM).expand(1, -1)
     assert kl(minimise(lambda log_pi: forward_kl(log_pi[None], log_w).sum()), LOG_P) < 1e-8
 
 
-def test_forward_kl_takes_forbidden_outcomes():
+def test_forward_kl_takes_forbidden_outcomes(minimise):
     forbidden = torch.tensor([False, True, False, False, True, False])
     log_target = LOG_TARGET.masked_fill(forbidden, -torch.inf)
     found = minimise(lambda log_pi: forward_kl(log_pi[None], log_target[None]).sum())
     assert kl(normalise(log_target), found) < 1e-8
 
 
-def test_forward_kl_at_two_draws_ends_elsewhere():
+def test_forward_kl_at_two_draws_ends_elsewhere(minimise):
     """Caveat: self-normalised weights are biased at finite G, and so is where they lead."""
     loss = over_pairs(lambda log_pi, y: forward_kl(log_pi[y], (LOG_TARGET - OFF)[y]), OFF)
     assert kl(minimise(loss), LOG_P) > 1e-2
 
 
-def test_enumerated_reverse_kl_ends_at_the_target():
+def test_enumerated_reverse_kl_ends_at_the_target(minimise):
     found = minimise(lambda log_pi: reverse_kl(log_pi[None], LOG_TARGET[None], UNIFORM, baseline=None).sum())
     assert kl(found, LOG_P) < 1e-8
 

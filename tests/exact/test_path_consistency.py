@@ -67,31 +67,20 @@ def exact(law, span):
     return lambda table, value_table: (law.exp() * over(y, table, value_table, span)).sum()
 
 
-def minimise(loss):
-    theta = REF.clone().requires_grad_()
-    values = torch.zeros(S, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [theta, values],
-        max_iter=300,
-        history_size=60,
-        tolerance_grad=1e-9,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+@pytest.fixture
+def minimise(to_the_end):
+    """The law and the soft values at which loss(theta, values) is least."""
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(theta, values)
-        value.backward()
-        return value
+    def found(loss):
+        theta, values = to_the_end(loss, REF, torch.zeros(S, dtype=torch.float64))
+        return log_prob(theta, SPACE), values
 
-    optimizer.step(closure)
-    return log_prob(theta.detach(), SPACE), values.detach()
+    return found
 
 
 @pytest.mark.parametrize("span", [None, 1, 2, 7])
 @pytest.mark.parametrize("law", [LOG_REF, OFF])
-def test_minimum_is_the_target_with_the_soft_values(law, span):
+def test_minimum_is_the_target_with_the_soft_values(law, span, minimise):
     found, values = minimise(exact(law, span))
     assert kl(found, LOG_P) < 1e-8
     assert (values - V).abs().max() < 1e-4
@@ -106,7 +95,7 @@ def test_soft_values_are_the_soft_bellman_equation():
         assert abs(policy[before, token] - ref[before, token] - (V[after] - V[before])) < 1e-12
 
 
-def test_mutant_of_mean_values_is_not_consistent():
+def test_mutant_of_mean_values_is_not_consistent(minimise):
     """A critic's values, E_ref[r / beta | prefix], leave a residual at p and lead elsewhere if held fixed."""
     through = torch.zeros(S, SPACE.size).double()
     through[SPACE.prefixes[SPACE.mask], SPACE.mask.nonzero()[:, 0]] = 1.0

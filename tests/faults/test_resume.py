@@ -56,16 +56,22 @@ def whole(settings, tmp_path_factory):
     return folder
 
 
+def stopped_after(steps, config):
+    """The directory of a training that was asked to stop after so many steps, and did."""
+    seen = []
+    watch = Watch(
+        event=lambda kind, record: seen.append(kind) if kind == "step" else None,
+        stop=lambda: len(seen) == steps,
+    )
+    outcome = run_train(config, watch=watch)
+    assert (outcome.step, outcome.interrupted) == (steps, True)
+    return outcome.path
+
+
 @pytest.fixture(scope="module")
 def four_steps(settings, tmp_path_factory):
     """A run that was asked to stop after four of its eight steps."""
-    seen = []
-    watch = Watch(
-        event=lambda kind, record: seen.append(kind) if kind == "step" else None, stop=lambda: len(seen) == 4
-    )
-    outcome = run_train(at(settings, tmp_path_factory.mktemp("four") / "run"), watch=watch)
-    assert (outcome.step, outcome.interrupted) == (4, True)
-    return outcome.path
+    return stopped_after(4, at(settings, tmp_path_factory.mktemp("four") / "run"))
 
 
 @pytest.fixture
@@ -289,12 +295,7 @@ def ppo(make_run, options, tmp_path_factory):
 @pytest.mark.parametrize("forgets", [None, "critic.", "critic_optimizer."])
 def test_ppo_resumes_with_its_critic(ppo, tmp_path, monkeypatch, forgets):
     never = run_train(at(ppo, tmp_path / "never")).path
-    seen = []
-    watch = Watch(
-        event=lambda kind, record: seen.append(kind) if kind == "step" else None, stop=lambda: len(seen) == 2
-    )
-    stopped = run_train(at(ppo, tmp_path / "run"), watch=watch)
-    assert (stopped.step, stopped.interrupted) == (2, True)
+    stopped_after(2, at(ppo, tmp_path / "run"))
     real = edge.store.load_latest_checkpoint
     if forgets:
         monkeypatch.setattr(
@@ -325,12 +326,7 @@ def running(make_run, options, tmp_path_factory):
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_running_log_z_is_taken_up_where_it_was(running, tmp_path, monkeypatch, forgets):
     never = run_train(at(running, tmp_path / "never")).path
-    seen = []
-    watch = Watch(
-        event=lambda kind, record: seen.append(kind) if kind == "step" else None, stop=lambda: len(seen) == 2
-    )
-    stopped = run_train(at(running, tmp_path / "run"), watch=watch)
-    assert (stopped.step, stopped.interrupted) == (2, True)
+    stopped_after(2, at(running, tmp_path / "run"))
     real = training._taken_up
     if forgets:  # and begins again with the plan's
         monkeypatch.setattr(
