@@ -107,29 +107,35 @@ def trl_worker(steps, model_name, device, autocast):
         r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, lora, autocast_adapter_dtype=autocast)
+
+    def now():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     clock = {"sampling": 0.0, "scoring": 0.0}
 
     class Timed(RLOOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             try:
                 return super()._generate_single_turn(*args, **kwargs)
             finally:
-                clock["sampling"] += time.perf_counter() - start
+                clock["sampling"] += now() - start
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             try:
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
             finally:
                 if not torch.is_grad_enabled():
-                    clock["scoring"] += time.perf_counter() - start
+                    clock["scoring"] += now() - start
 
         def training_step(self, *args, **kwargs):
-            start, before = time.perf_counter(), dict(clock)
+            start, before = now(), dict(clock)
             result = super().training_step(*args, **kwargs)
             spent = {name: clock[name] - before[name] for name in clock}
-            total = time.perf_counter() - start
+            total = now() - start
             records.append(spent | {"training": total - sum(spent.values()), "step": total})
             return result
 
