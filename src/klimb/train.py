@@ -268,10 +268,13 @@ def lengths(pool: Pool) -> dict[str, float]:
 
 
 def fresh_estimates(fresh: Pool, target: Target, *, step: int) -> dict[str, Estimate]:
-    """Reward, KL(pi||ref) in nats, and the target's own reward - beta KL, of draws from the policy, as their sampler scored them."""
+    """Reward, KL(pi||ref) in nats, and the target's own reward - beta KL, of draws from the policy.
+
+    Both log-probabilities are the scorer's: a sampler in low precision rounds in another way.
+    """
     assert fresh.draws.own_law
-    assert fresh.draws.log_q is not None
-    each = fresh.draws.log_q - fresh.log_ref
+    assert fresh.log_pi is not None
+    each = fresh.log_pi - fresh.log_ref
     generator = torch.Generator().manual_seed(step)
     return {
         "reward": mean_estimate(fresh.reward, generator=generator),

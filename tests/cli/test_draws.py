@@ -54,10 +54,10 @@ def test_the_mutant_that_takes_the_kept_draws_tokens_for_the_fresh_ones_is_notic
     tiny_run, options, monkeypatch
 ):
     def first_ones(fresh, pool, passed):
-        return replace(fresh, token_log_pi=passed.token_log_pi[: int(fresh.draws.lengths.sum())])
+        kept_too = passed.token_log_pi[: int(fresh.draws.lengths.sum())]
+        return replace(fresh, log_pi=passed.log_pi[:, : fresh.draws.num_draws], token_log_pi=kept_too)
 
     monkeypatch.setattr("klimb.train.with_log_pi", first_ones)
-    monkeypatch.setattr("klimb.train.sampler_error", lambda fresh: {"sampler_error_mean": 0.0})
     run = train_on(options, tiny_run, max_steps=1)
     stored = read_draws(run / "draws/train-000001.parquet")
     assert (stored.token_log_pi - stored.token_log_ref).abs().max() > 0.1
