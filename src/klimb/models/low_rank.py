@@ -103,6 +103,19 @@ def merged(model: nn.Module) -> Generator[None]:
             layer.__dict__.pop("whole", None)
 
 
+def base_of(layer: Any) -> nn.Linear | None:
+    """The linear layer in `layer`, if all that `layer` does is that one and at most one low-rank adapter beside it."""
+    if type(layer) is nn.Linear:
+        return layer
+    plain = _fused(layer) and (layer.disable_adapters or _adapter(layer) is not None)
+    return layer.base_layer if plain else None
+
+
+def adapter_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and scale of the adapter that is on in a layer that `base_of` knows, or None."""
+    return None if type(layer) is nn.Linear else _adapter(layer)
+
+
 def _fused(layer: nn.Module) -> bool:
     forward = layer.__dict__.get("forward")
     return isinstance(forward, partial) and forward.func is _forward

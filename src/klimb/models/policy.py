@@ -115,7 +115,10 @@ class CausalPolicy:
         return token_log_prob(hidden, self.head, tokens).to("cpu"), hidden
 
     def _hidden(self, draws: Draws) -> Tensor:
-        first, cache, mask, position = self.read_prompts(draws.examples, draws.num_draws)
+        first, cache, mask = self.read_prompts(draws.examples)
+        cache.batch_repeat_interleave(draws.num_draws)
+        first, mask = (x.repeat_interleave(draws.num_draws, 0) for x in (first, mask))
+        position = mask.sum(1)
         rows = [ids for group in draws.completions for ids in group]
         lengths = draws.lengths.flatten().to(self.device)
         width = max(int(lengths.max()) - 1, 0)  # the last token of a completion predicts nothing
@@ -141,12 +144,8 @@ class CausalPolicy:
         """The model without its head."""
         return self.model.get_decoder()
 
-    def read_prompts(self, examples: Sequence[Example], num_draws: int) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Read each prompt once and hand what was remembered to its G completions.
-
-        Returns:
-            last hidden state [P*G, D], cache of P*G rows, attention mask [P*G, L], next position [P*G].
-        """
+    def read_prompts(self, examples: Sequence[Example]) -> tuple[Tensor, Any, Tensor]:
+        """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L]."""
         from transformers import DynamicCache
 
         prompts = [self.render(example) for example in examples]
@@ -164,10 +163,7 @@ class CausalPolicy:
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             **remembering(self.model, cache),
         )
-        cache.batch_repeat_interleave(num_draws)
-        last = out.last_hidden_state[:, -1].repeat_interleave(num_draws, 0)
-        mask = mask.repeat_interleave(num_draws, 0)
-        return last, cache, mask, mask.sum(1)
+        return out.last_hidden_state[:, -1], cache, mask
 
 
 @torch.no_grad()

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Example
-from klimb.models.low_rank import merged
+from klimb.models.decoding import started
 from klimb.models.policy import CausalPolicy
-from klimb.models.room import make_room, remembering
 
 BLOCK = 256
 DEAD = 1 / 16
@@ -128,11 +127,8 @@ def _decode(
     log_q = torch.zeros(num_rows, dtype=torch.float64, device=policy.device)
     per_token = torch.zeros(num_rows, longest, device=policy.device)
     end = torch.tensor(policy.end, device=policy.device)
-    head, body = policy.head, policy.body
-    with policy.activate(), merged(policy.model):
-        hidden, cache, mask, position = policy.read_prompts(examples, num_draws)
-        make_room(cache, longest - 1)
-        memory = remembering(policy.model, cache)
+    head = policy.head
+    with policy.activate(), started(policy, examples, num_draws, longest - 1) as (hidden, decoder):
         rows = torch.arange(num_rows, device=policy.device)
         running = torch.ones(num_rows, dtype=torch.bool, device=policy.device)
         for step in range(longest):
@@ -149,16 +145,8 @@ def _decode(
             if running.sum() <= (1 - DEAD) * len(rows):
                 kept = running.nonzero()[:, 0]
                 rows, chosen, running = rows[kept], chosen[kept], running[kept]
-                mask, position = mask[kept], position[kept]
-                cache.batch_select_indices(kept)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            hidden = body(
-                input_ids=chosen[:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                **memory,
-            ).last_hidden_state[:, -1]
-            position = position + 1
+                decoder.keep(kept)
+            hidden = decoder.next_hidden(chosen)
     return tokens.cpu(), lengths.cpu(), log_q.cpu(), per_token.cpu()
 
 

@@ -1,0 +1,262 @@
+"""Llama's layers written out for drawing: one more token of every completion, a dozen operations a layer.
+
+R rows (completions still running) of P prompts, D hidden width, L prompt tokens, T completion tokens. What transformers does
+for any architecture is done here for one kind of it (Llama, Mistral, Qwen2 and whatever has their parts) with three differences:
+
+- the memory of a prompt is read where it lies by all of its completions, instead of being copied to each; attention over
+  the prompt and over the completion's own tokens are two sums, joined by their weights;
+- query, key and value are one matrix product, gate and up another, and on a CPU their weights are laid out once for
+  the processor's products;
+- the low-rank adapters of layers side by side are one narrow product and one wide one.
+
+Same numbers as the model's own forward pass up to rounding. Nothing is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from klimb.models.low_rank import adapter_of, base_of
+
+KINDS = {"llama", "mistral", "qwen2"}
+PACKABLE = (torch.bfloat16, torch.float32)
+
+
+def is_llama_like(model: Any) -> bool:
+    """True if the model's layers are those that this file writes out, each linear layer plain or with one adapter."""
+    config, body = model.config.get_text_config(), model.get_decoder()
+    if config.model_type not in KINDS or not hasattr(body, "layers"):
+        return False
+    windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    return not windows and all(
+        base_of(linear) is not None for layer in body.layers for linear in _linears(layer)
+    )
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    ]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """x -> x W' + bias + (scale * x A') B' of linear layers side by side, W and B above one another.
+
+    Attributes:
+        weight: [D_out, D_in], packed or plain.
+        packed: whether it is laid out for the processor.
+        bias: [D_out] or None.
+        adapter: A [r, D_in], scale [r], B' [r, D_out], or None.
+    """
+
+    weight: Tensor
+    packed: bool
+    bias: Tensor | None
+    adapter: tuple[Tensor, Tensor, Tensor] | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = nn.functional.linear(x, self.weight, self.bias)
+        if self.adapter is None:
+            return y
+        a, scale, b = self.adapter
+        return y.addmm_((x @ a.t()).mul_(scale), b)
+
+
+def _side_by_side(linears: Sequence[Any]) -> _Product:
+    bases = [base for linear in linears if (base := base_of(linear)) is not None]
+    assert len(bases) == len(linears)
+    weight, packed = _laid_out([base.weight for base in bases], bases[0])
+    biases = [base.bias for base in bases]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat(
+            [
+                base.weight.new_zeros(len(base.weight)) if b is None else b
+                for base, b in zip(bases, biases, strict=True)
+            ]
+        )
+    return _Product(weight, packed, bias, _adapters_side_by_side(linears, [len(b.weight) for b in bases]))
+
+
+def _adapters_side_by_side(
+    linears: Sequence[Any], heights: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    found = [(adapter_of(linear), start) for linear, start in zip(linears, _starts(heights), strict=True)]
+    on = [(adapter, start) for adapter, start in found if adapter is not None]
+    if not on:
+        return None
+    a = torch.cat([a for (a, _, _), _ in on])
+    scale = torch.cat([a.new_full((len(a),), s) for (a, _, s), _ in on])
+    b, row = a.new_zeros(len(a), sum(heights)), 0
+    for (_, wide, _), start in on:
+        b[row : row + wide.shape[1], start : start + wide.shape[0]] = wide.t()
+        row += wide.shape[1]
+    return a, scale, b
+
+
+def _starts(heights: Sequence[int]) -> list[int]:
+    return [sum(heights[:i]) for i in range(len(heights))]
+
+
+def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[Tensor, bool]:
+    """The weights above one another, packed where the processor gains by it; kept beside the first one until one changes."""
+    name = tuple((w.data_ptr(), w._version, w.dtype, len(w)) for w in weights)
+    kept = keeper.__dict__.get("laid_out")
+    if kept is not None and kept[0] == name:
+        return kept[1], kept[2]
+    weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
+    packs = weight.device.type == "cpu" and weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
+    if packs:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    keeper.__dict__["laid_out"] = (name, weight, packs)
+    return weight, packs
+
+
+ROWS = 64
+"""how many rows a packed product is laid out for; others run too"""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: Any
+    query_key_value: _Product
+    output: _Product
+    mlp_norm: Any
+    gate_up: _Product
+    down: _Product
+    activation: Any
+
+
+class LlamaDecoder:
+    """What P prompts and their running completions remember, and the step from one token to the next.
+
+    Made with the adapters on that are to speak. Not for use after the weights have moved.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        mask: Tensor,
+        num_draws: int,
+        longest: int,
+    ):
+        """Keys and values: of each layer, [P, heads, L, width], as its attention uses them; mask: [P, L], 1 for tokens."""
+        body = model.get_decoder()
+        attention = body.layers[0].self_attn
+        self.body, self.scaling, self.width = body, attention.scaling, attention.head_dim
+        self.layers = [_written_out(layer) for layer in body.layers]
+        self.keys, self.values = list(keys), list(values)
+        prompts, self.kv_heads, _, _ = keys[0].shape
+        self.groups = model.config.get_text_config().num_attention_heads // self.kv_heads
+        rows = prompts * num_draws
+        self.prompt = torch.arange(prompts, device=mask.device).repeat_interleave(num_draws)
+        self.position = mask.sum(1)[self.prompt]
+        padded = not bool(mask.all())
+        padding = torch.zeros(mask.shape, dtype=keys[0].dtype, device=mask.device)
+        self.padding = padding.masked_fill(mask == 0, -torch.inf)[:, None, None] if padded else None
+        wide = torch.promote_types(keys[0].dtype, torch.float32)
+        self.own = [
+            torch.empty(2, rows, self.kv_heads, longest, self.width, dtype=wide, device=mask.device)
+            for _ in self.layers
+        ]
+        self.length = 0
+
+    def keep(self, kept: Tensor) -> None:
+        """Forget all rows but these."""
+        self.prompt, self.position = self.prompt[kept], self.position[kept]
+        for i, own in enumerate(self.own):
+            self.own[i] = own[:, kept]
+
+    @torch.no_grad()
+    def next_hidden(self, tokens: Tensor) -> Tensor:
+        """[R] the tokens just drawn -> [R, D] the states that predict the ones after them."""
+        x = self.body.embed_tokens(tokens)
+        cos, sin = self.body.rotary_emb(x, position_ids=(self.position + self.length)[:, None])
+        self.length += 1
+        table = _table(self.prompt)
+        for i, layer in enumerate(self.layers):
+            heads = layer.query_key_value(layer.attention_norm(x)).reshape(len(x), -1, self.width)
+            turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
+            turned = turned * cos + _half_turned(turned) * sin
+            query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
+            own = self.own[i]
+            own[0, :, :, self.length - 1], own[1, :, :, self.length - 1] = key, value
+            x = x + layer.output(self._attention(i, query, table).reshape(len(x), -1))
+            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, 1)
+            x = x + layer.down(layer.activation(gate) * up)
+        return self.body.norm(x)
+
+    def _attention(self, i: int, query: Tensor, table: tuple[Tensor, Tensor, int]) -> Tensor:
+        """[R, heads, width]: over the prompt and over the row's own tokens, joined."""
+        slot, prompts, deep = table
+        query = query.reshape(len(query), self.kv_heads, self.groups, self.width)
+        num_prompts = self.keys[i].shape[0]
+        own, own_weight = self._over_own(i, query)
+        grouped = query.new_zeros(num_prompts, deep, *query.shape[1:])
+        grouped[prompts, slot] = query
+        grouped = grouped.permute(0, 2, 1, 3, 4).reshape(num_prompts, self.kv_heads, -1, self.width)
+        shared, shared_weight = _attend(grouped, self.keys[i], self.values[i], self.padding, self.scaling)
+        back = (num_prompts, self.kv_heads, deep, self.groups)
+        shared = shared.reshape(*back, self.width).transpose(1, 2)[prompts, slot]
+        shared_weight = shared_weight.reshape(back).transpose(1, 2)[prompts, slot]
+        share = torch.sigmoid(own_weight - shared_weight)[..., None]  # of the row's own tokens
+        return shared.to(own.dtype).lerp(own, share).to(query.dtype)
+
+    def _over_own(self, i: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention [R, kv, groups, width] over the row's own tokens, and the log of the sum of its weights.
+
+        For one query a row the fused operation of torch takes twice as long as its parts.
+        """
+        key, value = self.own[i][..., : self.length, :]
+        score = torch.matmul(query.to(key.dtype), key.transpose(2, 3)).mul_(self.scaling)
+        largest = score.amax(-1, keepdim=True)
+        mass = score.sub_(largest).exp_()
+        total = mass.sum(-1, keepdim=True)
+        return torch.matmul(mass, value).div_(total), (largest + total.log_())[..., 0]
+
+
+def _table(prompt: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Of rows in the order of their prompts: the place of each among its prompt's, its prompt, and the most a prompt has."""
+    counts = torch.bincount(prompt)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(prompt), device=prompt.device) - starts[prompt], prompt, int(counts.max())
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention [.., q, width] and the log of the weights' sum [.., q] of each query."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=hidden, scale=scale
+    )
+
+
+def _written_out(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        layer.input_layernorm,
+        _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj]),
+        _side_by_side([attention.o_proj]),
+        layer.post_attention_layernorm,
+        _side_by_side([mlp.gate_proj, mlp.up_proj]),
+        _side_by_side([mlp.down_proj]),
+        mlp.act_fn,
+    )
