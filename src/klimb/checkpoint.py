@@ -1,7 +1,7 @@
 """What a checkpoint holds: everything that the next step depends on, as named tensors and as JSON.
 
 Weights (float32 masters), optimizer, scheduler, average, generator, the critic and its optimizer where there is one, the
-prompts still to come, the replay, and the running log Z where there is one.
+prompts still to come, the replay, and the running or learned log Z where there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from klimb import store
+from klimb.log_z import LearnedLogZ
 from klimb.models.critic import Critic
 from klimb.models.master import masters, write_out
 from klimb.numbers.running import RunningLogZ
@@ -114,12 +115,12 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
         group["lr"] = lr
     moving.scheduler.load_state_dict({**moving.scheduler.state_dict(), **rest["scheduler"]})
     moving.generator.set_state(tensors["generator"])
-    running = {name.removeprefix("log_z."): x for name, x in tensors.items() if name.startswith("log_z.")}
+    log_z = {name.removeprefix("log_z."): x for name, x in tensors.items() if name.startswith("log_z.")}
     return TrainState(
         rest["step"],
         tuple(rest["order"]),
         _replay(tensors, rest["replay"], replay),
-        RunningLogZ(**running) if running else None,
+        (LearnedLogZ if "value" in log_z else RunningLogZ)(**log_z) if log_z else None,
     )
 
 

@@ -105,6 +105,17 @@ def chosen(config: Config) -> Choice:
             f"log_z running: {config.method} asks for no log Z; leave log_z out, or use a method such as jensen_shannon "
             "or trajectory_balance"
         )
+    if config.log_z == "learned" and config.method != "trajectory_balance":
+        raise ValueError(
+            f"log_z learned: {config.method} has no gradient in log Z; use log_z plan or running, or method trajectory_balance"
+        )
+    if (
+        config.log_z != "learned"
+        and config.log_z_learning_rate != Config.model_fields["log_z_learning_rate"].default
+    ):
+        raise ValueError(
+            f"log_z_learning_rate is of a learned log Z, and log_z is {config.log_z}; leave it out, or use log_z learned"
+        )
     has_critic = "returns" in row.derived
     touched = [
         name

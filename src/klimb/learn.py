@@ -43,6 +43,7 @@ class Recipe:
         critic: learns the `returns` among the derived numbers, and gives `old_values`; without one they are zero.
         critic_optimizer: over its parameters.
         value_clip: how far, in units of reward, a value may move with one batch; None for any.
+        log_z_rate: how far a learned log Z goes towards a batch's mean residual; 1 is all the way.
     """
 
     objective: Objective
@@ -55,6 +56,7 @@ class Recipe:
     critic: Critic | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
     value_clip: float | None = None
+    log_z_rate: float = 0.1
 
 
 def learn(

@@ -1,11 +1,13 @@
-"""Where training has log Z of each prompt from: the plan's draws alone, or those and every fresh draw since.
+"""Where training has log Z of each prompt from: the plan's draws alone, those and every fresh draw since, or learned.
 
 N prompts to train on, P of them in a step, G draws a prompt. Nats.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from klimb.backward import known_numbers
 from klimb.data import Example, Pool, Target
 from klimb.numbers.running import RunningLogZ, add_draws, no_draws, running_log_z
 from klimb.numbers.tilt import log_partition
+from klimb.objectives.squared import parted
 from klimb.target.implied import own_reward
 
 
@@ -69,3 +72,71 @@ def take_in(state: RunningLogZ, fresh: Pool, target: Target, prompts: Tensor) ->
         )
     numbers = known_numbers(fresh, target)
     return add_draws(state, numbers["log_w"], numbers["log_target"] - fresh.log_ref, prompts=prompts)
+
+
+WIDE = 3.0
+"""standard errors around the plan's log Z that a learned one is compared with"""
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedLogZ:
+    """A log Z that follows the gradient of trajectory balance, and what the plan says it should be.
+
+    Attributes:
+        value: [N] as learned so far, nats.
+        low: [N] lower end of the plan's interval, nats.
+        high: [N] upper end.
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def start_learned(pool: Pool, examples: Sequence[Example], target: Target) -> LearnedLogZ:
+    """A learned log Z of each example, which begins with the plan's; WIDE standard errors around that are its interval.
+
+    The error of a log of a mean of G weights w is sd(w) / (mean(w) sqrt(G)) to first order.
+
+    Raises:
+        ValueError: the plan has no draws of one of them.
+    """
+    row = {example.id: p for p, example in enumerate(pool.draws.examples)}
+    lacking = [example for example in examples if example.id not in row]
+    if lacking:
+        raise ValueError(
+            f"learned log Z: the plan has no draws of {len(lacking)} of {len(examples)} prompts, expected some of each; plan "
+            "with all prompts that are trained on"
+        )
+    worth = (own_reward(target, pool)[[row[example.id] for example in examples]] / target.beta).double()
+    weights = (worth - worth.amax(1, keepdim=True)).exp()
+    error = weights.std(1) / weights.mean(1) / math.sqrt(worth.shape[1])
+    value = log_partition(worth, 1.0)
+    return LearnedLogZ(value, value - WIDE * error, value + WIDE * error)
+
+
+def learn_log_z(
+    state: LearnedLogZ, residual: Tensor, prompts: Tensor, *, rate: float
+) -> tuple[LearnedLogZ, dict[str, float]]:
+    """One step down trajectory balance's gradient in log Z: `rate` of the way to the mean residual of each prompt.
+
+    Args:
+        state: before the step.
+        residual: [P, G] log_target - log_pi of the step's draws, nats.
+        prompts: [P] their numbers among the N.
+        rate: above 0, at most 1.
+
+    Returns:
+        The state after it; log_z as the step used it and log_z_change, means over its prompts, nats; log_z_parted, the
+        share of them whose log Z now lies above the plan's interval, the side on which mass leaks.
+    """
+    before = state.value[prompts]
+    after = before.lerp(residual.double().mean(1), rate)
+    low, high = state.low[prompts], state.high[prompts]
+    above = parted(after, low, high) & (after > high)
+    numbers = {
+        "log_z": before.mean().item(),
+        "log_z_change": (after - before).mean().item(),
+        "log_z_parted": above.double().mean().item(),
+    }
+    return replace(state, value=state.value.index_copy(0, prompts, after)), numbers

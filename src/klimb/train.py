@@ -19,7 +19,7 @@ from torch import Tensor
 from klimb.backward import Objective, Passed, known_numbers
 from klimb.data import Draws, Example, Pool, Sampler, Target, join_pools
 from klimb.learn import Recipe, learn
-from klimb.log_z import used_and_moved
+from klimb.log_z import LearnedLogZ, learn_log_z, used_and_moved
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.running import RunningLogZ
@@ -30,6 +30,8 @@ from klimb.target import own_reward
 
 TOLERATED = 0.1
 """share of the spread of reward / beta that sampler and scorer may differ by, on average, before a step warns"""
+PARTED = 0.5
+"""share of a step's prompts whose learned log Z may lie above the plan's interval before a step warns"""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class TrainState:
         step: how many steps are done.
         order: the prompts still to come in this pass over the data.
         replay: completions kept.
-        log_z: a running log Z of each example (`klimb.log_z.start_log_z`), or None.
+        log_z: a running or learned log Z of each example (`klimb.log_z.start_log_z`, `start_learned`), or None.
     """
 
     step: int = 0
     order: tuple[int, ...] = ()
     replay: Replay = field(default_factory=Replay)
-    log_z: RunningLogZ | None = None
+    log_z: RunningLogZ | LearnedLogZ | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def train(
         replay_steps: so many first steps draw nothing and use num_draws + num_replay kept completions.
         keep_fresh: whether fresh completions join the replay.
         log_z: id of an example -> log Z of its target, nats; for objectives that ask for it. Not beside the state's
-            running one, which is used as it was before a step's draws, and then takes them in.
+            own one, which is used as it was before a step's draws, and then takes them in or learns from them.
         scheduler: of the learning rate, stepped once a step.
         state: where to go on; by default at the start, with nothing kept.
         generator: the only source of randomness.
@@ -121,7 +123,7 @@ def train(
     state = state or TrainState()
     if log_z is not None and state.log_z is not None:
         raise ValueError(
-            "train: got log_z and a state with a running one, expected one of them; leave out log_z"
+            "train: got log_z and a state with one of its own, expected one of them; leave out log_z"
         )
     while state.step < max_steps:
         chosen, order = next_prompts(state.order, len(examples), prompts_per_step, generator=generator)
@@ -136,9 +138,11 @@ def train(
         known = known_numbers(pool, target)
         if log_z is not None:
             known["log_z"] = torch.tensor([log_z[example.id] for example in batch])
-        running, news = state.log_z, {}
-        if running is not None:
-            known["log_z"], running, news = used_and_moved(running, fresh, target, torch.tensor(chosen))
+        own_log_z, news, prompts = state.log_z, {}, torch.tensor(chosen)
+        if isinstance(own_log_z, LearnedLogZ):
+            known["log_z"] = own_log_z.value[prompts].to(pool.reward.dtype)
+        elif own_log_z is not None:
+            known["log_z"], own_log_z, news = used_and_moved(own_log_z, fresh, target, prompts)
 
         clock = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
@@ -156,10 +160,12 @@ def train(
             scheduler.step()
         seconds["update"] = time.perf_counter() - clock
 
+        if isinstance(own_log_z, LearnedLogZ):
+            own_log_z, news = learn_log_z(own_log_z, passed.residual, prompts, rate=recipe.log_z_rate)
         if fresh is not None:
             fresh = with_log_pi(fresh, pool, passed)
         replay = state.replay.extended(fresh) if fresh is not None and keep_fresh else state.replay
-        state = TrainState(state.step + 1, order, replay, running)
+        state = TrainState(state.step + 1, order, replay, own_log_z)
         moved |= {"learning_rate": rate, **news}
         yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, target=target)
 
@@ -237,6 +243,11 @@ def seen(
         warnings["full_support"] = (
             f"{name_of(objective)} does not ask which law its draws come from, and of some of them it is not known "
             "whether that law can draw every completion; what it cannot draw goes unlearned, unseen"
+        )
+    if moved.get("log_z_parted", 0.0) > PARTED:
+        warnings["log_z"] = (
+            f"the learned log Z of {moved['log_z_parted']:.0%} of a step's prompts lies above what the plan's draws say: there the "
+            "policy leaks mass onto what it rarely draws; use a smaller log_z_learning_rate, or log_z: plan"
         )
     if own and (told := disagreement(fresh, numbers["sampler_error_mean"], target.beta)):
         warnings["sampler_error"] = told

@@ -18,7 +18,7 @@ from klimb.config import Config
 from klimb.data import Example, Pool, Target
 from klimb.learn import Recipe
 from klimb.loaded import Loaded, generator_for
-from klimb.log_z import plan_log_z, start_log_z
+from klimb.log_z import plan_log_z, start_learned, start_log_z
 from klimb.measure import certify
 from klimb.models.critic import Critic
 from klimb.models.families import save_policy
@@ -71,6 +71,7 @@ def trained(
             critic=moving.critic,
             critic_optimizer=moving.critic_optimizer,
             value_clip=config.value_clip,
+            log_z_rate=config.log_z_learning_rate,
         ),
         moving.optimizer,
         max_steps=config.max_steps,
@@ -153,8 +154,8 @@ def _first(loaded: Loaded, pool: Pool | None, target: Target) -> tuple[TrainStat
     replay = Replay(limit=max(Replay().limit, pool.draws.num_draws)).extended(pool)
     kept = {example.id for example in pool.draws.examples}  # only of these something is known
     examples = [example for example in examples if example.id in kept]
-    running = start_log_z(pool, examples, target) if config.log_z == "running" else None
-    return TrainState(replay=replay, log_z=running), examples
+    own = {"running": start_log_z, "learned": start_learned}.get(config.log_z)
+    return TrainState(replay=replay, log_z=None if own is None else own(pool, examples, target)), examples
 
 
 def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch) -> TrainState:

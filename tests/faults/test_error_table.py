@@ -82,7 +82,24 @@ CASES = [
     ("replay for ppo", {"method": "ppo", "num_replay": 4}, None, ["fresh draws alone", "num_replay 4"]),
     ("a value head without ppo", {"gae_lambda": 0.9}, None, ["gae_lambda", "no critic", "ppo"]),
     ("log Z for nobody", {"log_z": "running"}, None, ["log_z running", "log_variance asks for no log Z"]),
-    ("log Z of elsewhere", {"log_z": "learned"}, None, ["log_z", "'learned'", "'plan' or 'running'"]),
+    (
+        "log Z of elsewhere",
+        {"log_z": "lerned"},
+        None,
+        ["log_z", "'lerned'", "'plan', 'running' or 'learned'"],
+    ),
+    (
+        "a log Z that has no gradient",
+        {"log_z": "learned", "method": "jensen_shannon"},
+        None,
+        ["log_z learned", "jensen_shannon has no gradient", "trajectory_balance"],
+    ),
+    (
+        "a rate for nobody",
+        {"method": "trajectory_balance", "log_z_learning_rate": 0.5},
+        None,
+        ["log_z_learning_rate", "log_z is plan", "log_z learned"],
+    ),
     ("epsilon without a ratio", {"epsilon": 0.2}, None, ["epsilon", "does not clip"]),
     (
         "minibatches of less than a prompt",

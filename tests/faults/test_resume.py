@@ -309,12 +309,12 @@ def test_ppo_resumes_with_its_critic(ppo, tmp_path, monkeypatch, forgets):
     assert all("value_loss" in record and record["updates"] == 4 for record in steps_of(never))
 
 
-@pytest.fixture(scope="module")
-def running(make_run, options, tmp_path_factory):
+@pytest.fixture(scope="module", params=["running", "learned"])
+def running(make_run, options, tmp_path_factory, request):
     """A method that asks for log Z, and a log Z that every step changes, on few enough prompts to come back to each."""
     changes = {
-        "method": "jensen_shannon",
-        "log_z": "running",
+        "method": "jensen_shannon" if request.param == "running" else "trajectory_balance",
+        "log_z": request.param,
         "num_replay": 0,
         "max_prompts": 4,
         "max_steps": 4,

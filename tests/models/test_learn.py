@@ -15,7 +15,7 @@ from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load
 from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
-from klimb.log_z import plan_log_z, start_log_z, take_in
+from klimb.log_z import plan_log_z, start_learned, start_log_z, take_in
 from klimb.methods import METHODS, working_with
 from klimb.models.critic import Critic
 from klimb.models.families import lora
@@ -423,3 +423,40 @@ def test_a_running_log_z_refuses_what_it_cannot_weigh(policies):
     )
     with pytest.raises(ValueError, match="leave out log_z"):
         next(steps)
+
+
+def learned(policies, *, rate, lr=0.01, method="trajectory_balance", max_steps=12):
+    """Steps with a learned log Z that begins with a small plan's."""
+    start = start_learned(small_plan(policies), EXAMPLES, AIM)
+    return start, climbed(policies, method, running=start, log_z_rate=rate, lr=lr, max_steps=max_steps)
+
+
+def test_a_learned_log_z_follows_the_gradient_of_trajectory_balance(policies):
+    start, (step,) = learned(policies, rate=0.25, max_steps=1)
+    prompts = [EXAMPLES.index(example) for example in step.fresh.draws.examples]
+    log_z = start.value[prompts].float().requires_grad_()
+    fresh = step.fresh
+    trajectory_balance(fresh.log_pi, fresh.log_ref + fresh.reward / BETA, log_z).sum().backward()
+    expected = start.value[prompts] - 0.25 * log_z.grad
+    torch.testing.assert_close(
+        step.state.log_z.value[prompts], expected, atol=1e-5, rtol=0, check_dtype=False
+    )
+    torch.testing.assert_close(step.numbers["log_z"], start.value[prompts].mean().item())
+
+
+def test_training_with_a_learned_log_z_lowers_the_exact_gap_and_ends_below_log_z(policies):
+    before = gap(*policies)
+    _, steps = learned(policies, rate=0.3, max_steps=24)
+    assert gap(*policies) < 0.6 * before
+    log_pi, log_target = truth(*policies)
+    mean_residual = (log_pi.exp() * (log_target - log_pi)).sum(1)  # log Z - KL(pi||p)
+    assert (steps[-1].state.log_z.value - mean_residual).abs().max() < 0.5
+    assert not any("log_z" in step.warnings for step in steps)
+
+
+def test_a_learned_log_z_above_the_plans_interval_raises_the_alarm(policies):
+    start = start_learned(small_plan(policies), EXAMPLES, AIM)
+    leaking = replace(start, value=start.high + 2.0)
+    (step,) = climbed(policies, "trajectory_balance", running=leaking, log_z_rate=0.01, max_steps=1)
+    assert step.numbers["log_z_parted"] == 1.0
+    assert "lies above" in step.warnings["log_z"]

@@ -222,8 +222,10 @@ class Config(BaseModel):
     """optimizer steps"""
     max_completion_length: Count = 32
     """tokens; longer completions are cut"""
-    log_z: Literal["plan", "running"] = "plan"
-    """of each prompt, for methods that need it: the plan's, or one that every fresh draw goes into"""
+    log_z: Literal["plan", "running", "learned"] = "plan"
+    """of each prompt, for methods that need it: the plan's, one that every fresh draw goes into, or trajectory_balance's own"""
+    log_z_learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """how far a learned log Z goes towards each batch's mean residual"""
     clip: Positive | None = None
     """nats of residual above which a draw counts linearly; left out: never"""
     num_iterations: Count = 1
