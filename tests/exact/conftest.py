@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from klimb.exact import categorical
+
 
 def central_differences(function, x, step=1e-4):
     """Fourth-order differences of a scalar function at x, entry by entry; error about step^4 + 1e-16 / step."""
@@ -47,3 +49,15 @@ def lbfgs(loss, *starts):
 @pytest.fixture(scope="session")
 def to_the_end():
     return lbfgs
+
+
+@pytest.fixture
+def minimise(to_the_end, request):
+    """The law over the module's ATOMS at which loss(log_pi) is least, from the uniform one."""
+
+    def found(loss):
+        start = torch.zeros(request.module.ATOMS, dtype=torch.float64)
+        (theta,) = to_the_end(lambda theta: loss(categorical(theta)), start)
+        return categorical(theta)
+
+    return found

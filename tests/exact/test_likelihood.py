@@ -34,17 +34,6 @@ THETA = random_logits(ATOMS, generator=GENERATOR)
 ON, OFF = categorical(THETA), categorical(random_logits(ATOMS, generator=GENERATOR))
 
 
-@pytest.fixture
-def minimise(to_the_end):
-    """The law at which loss(log_pi) is least."""
-
-    def found(loss):
-        (theta,) = to_the_end(lambda theta: loss(categorical(theta)), torch.zeros(ATOMS, dtype=torch.float64))
-        return categorical(theta)
-
-    return found
-
-
 def population(objective, log_q, num_draws):
     outcomes, prob = tuples(log_q, num_draws)
     return lambda log_pi: (prob * objective(log_pi, outcomes)).sum()

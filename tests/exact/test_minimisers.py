@@ -23,17 +23,6 @@ OFF = categorical(random_logits(ATOMS, generator=GENERATOR))
 UNIFORM = torch.full((1, ATOMS), 1 / ATOMS, dtype=torch.float64).log()
 
 
-@pytest.fixture
-def minimise(to_the_end):
-    """The law at which loss(log_pi) is least, from the uniform one."""
-
-    def found(loss):
-        (theta,) = to_the_end(lambda theta: loss(categorical(theta)), torch.zeros(ATOMS, dtype=torch.float64))
-        return categorical(theta)
-
-    return found
-
-
 def over_pairs(objective, log_q):
     outcomes, prob = tuples(log_q, 2)
     return lambda log_pi: (prob * objective(log_pi, outcomes)).sum()

@@ -163,6 +163,7 @@ class LlamaDecoder:
         self.groups = model.config.get_text_config().num_attention_heads // self.kv_heads
         rows = prompts * num_draws
         self.prompt = torch.arange(prompts, device=mask.device).repeat_interleave(num_draws)
+        self.table = _table(self.prompt)
         self.position = mask.sum(1)[self.prompt]
         padded = not bool(mask.all())
         padding = torch.zeros(mask.shape, dtype=keys[0].dtype, device=mask.device)
@@ -177,6 +178,7 @@ class LlamaDecoder:
     def keep(self, kept: Tensor) -> None:
         """Forget all rows but these."""
         self.prompt, self.position = self.prompt[kept], self.position[kept]
+        self.table = _table(self.prompt)
         for i, own in enumerate(self.own):
             self.own[i] = own[:, kept]
 
@@ -186,7 +188,6 @@ class LlamaDecoder:
         x = self.body.embed_tokens(tokens)
         cos, sin = self.body.rotary_emb(x, position_ids=(self.position + self.length)[:, None])
         self.length += 1
-        table = _table(self.prompt)
         for i, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).reshape(len(x), -1, self.width)
             turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
@@ -194,14 +195,14 @@ class LlamaDecoder:
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
             own = self.own[i]
             own[0, :, :, self.length - 1], own[1, :, :, self.length - 1] = key, value
-            x = x + layer.output(self._attention(i, query, table).reshape(len(x), -1))
+            x = x + layer.output(self._attention(i, query).reshape(len(x), -1))
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, 1)
             x = x + layer.down(layer.activation(gate) * up)
         return self.body.norm(x)
 
-    def _attention(self, i: int, query: Tensor, table: tuple[Tensor, Tensor, int]) -> Tensor:
+    def _attention(self, i: int, query: Tensor) -> Tensor:
         """[R, heads, width]: over the prompt and over the row's own tokens, joined."""
-        slot, prompts, deep = table
+        slot, prompts, deep = self.table
         query = query.reshape(len(query), self.kv_heads, self.groups, self.width)
         num_prompts = self.keys[i].shape[0]
         own, own_weight = self._over_own(i, query)
