@@ -31,8 +31,6 @@ from klimb.watch import Watch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PROMPTS, REWARD = str(EXAMPLES / "data" / "reviews.jsonl"), f"{EXAMPLES / 'sentiment.py'}:reward"
 CERTIFICATE_SEED = 20261126
-CHUNK = {"cpu": 512, "cuda": 8192}
-"""completion tokens side by side: klimb's default, and what a GPU has room for"""
 CERTIFIED = ("reward", "kl", "gap", "attained")
 
 
@@ -81,7 +79,6 @@ def config_of(job, output_dir, **more):
             "prompts_per_step": settings["prompts"],
             "num_generations": settings["generations"],
             "lr_scheduler_type": "constant",
-            "max_chunk_tokens": CHUNK[job["machine"]["device"]],
             "seed": job["seed"],
             "output_dir": str(output_dir),
             **job["options"],
@@ -279,7 +276,7 @@ def _to_certify(job):
     dtype, device = getattr(torch, settings["certified_in"]), job["machine"]["device"]
     model, tokenizer = load_model(job["model"], dtype=dtype, device=device)
     family = {name: x for name, x in job["options"]["family"].items() if name != "kind"}
-    policy, reference = lora(model, tokenizer, **family, max_chunk_tokens=CHUNK[device])
+    policy, reference = lora(model, tokenizer, **family)
     examples = load_examples(PROMPTS, split="test", limit=settings["held_out"])
     sampler = partial(ancestral, max_completion_length=settings["tokens"])
     return policy, tilt(reference, load_reward(REWARD), settings["beta"]), examples, sampler

@@ -86,12 +86,12 @@ def backward(
         )
     values, residuals, sums, per_token, start, offset = [], [], [], [], 0, 0
     asked: frozenset[str] = frozenset()
-    for group in chunks(draws, policy.max_chunk_tokens):
+    for group in chunks(draws, policy.chunk_tokens):
         num_tokens = int(group.lengths.sum())
         here, there = slice(start, start + group.num_prompts), slice(offset, offset + num_tokens)
         start, offset = here.stop, there.stop
         part = {n: x if x.ndim == 0 else x[there if is_packed(n) else here] for n, x in known.items()}
-        fits = num_tokens <= policy.max_chunk_tokens
+        fits = num_tokens <= policy.chunk_tokens
         with torch.set_grad_enabled(fits):
             tokens = policy.log_prob(group)
             log_pi = group.sequence_sums(tokens)
@@ -108,7 +108,7 @@ def backward(
         if fits:
             _likelihood(tables, log_pi, tokens).backward()
         else:
-            for columns in column_pieces(group, policy.max_chunk_tokens):
+            for columns in column_pieces(group, policy.chunk_tokens):
                 piece = pick(group, columns[None].expand(group.num_prompts, -1))
                 again = policy.log_prob(piece)
                 inside = torch.isin(group.row % group.num_draws, columns)

@@ -20,7 +20,7 @@ from klimb.models.critic import Critic
 from klimb.models.master import masters, write_out
 from klimb.numbers.running import RunningLogZ
 from klimb.samplers.replay import Kept, Replay
-from klimb.train import TrainState
+from klimb.steps import TrainState
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
     rest = {
         "step": state.step,
         "order": list(state.order),
+        "beta": state.beta,
         "learning_rates": [group["lr"] for group in moving.optimizer.param_groups],
         "scheduler": {
             name: x for name, x in moving.scheduler.state_dict().items() if isinstance(x, int | float | list)
@@ -121,6 +122,7 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
         tuple(rest["order"]),
         _replay(tensors, rest["replay"], replay),
         (LearnedLogZ if "value" in log_z else RunningLogZ)(**log_z) if log_z else None,
+        rest["beta"],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
@@ -56,77 +56,17 @@ def chosen(config: Config) -> Choice:
     """
     row = method(config.method)
     assert row.objective is not None, config.method
-    options = signature(row.objective).parameters
-    fresh_only = row.unit == "reward"
-    objective = row.objective
+    for message in refusals(config, row):
+        raise ValueError(message)
+    objective, derived = row.objective, dict(row.derived)
     if config.clip is not None:
-        if fresh_only or "clip" not in options:
-            raise ValueError(
-                f"clip bounds a residual, and {config.method} has none; leave clip out, or use a method such as "
-                "log_variance"
-            )
         objective = partial(objective, clip=config.clip)
-    bounds = {"low": config.epsilon, "high": config.epsilon_high or config.epsilon}
-    bounds = {name: x for name, x in bounds.items() if x is not None}
-    if bounds:
-        now: Any = options["clip"].default if "clip" in options else None
-        if not fresh_only or getattr(now, "func", now) is not clipped:
-            raise ValueError(
-                f"epsilon bounds the ratio to the policy that drew, and {config.method} does not clip it; leave epsilon "
-                "out, or use a method such as ppo or grpo"
-            )
-        objective = partial(objective, clip=partial(now, **bounds))
+    if bounds := _ratio_bounds(config):
+        objective = partial(objective, clip=partial(_clip_of(row), **bounds))
     if config.importance_cap is not None:
-        if "correct" not in options:
-            raise ValueError(
-                f"importance_cap bounds the weight between sampler and trainer, and {config.method} has none; leave it "
-                "out, or use a method such as ppo or grpo"
-            )
         limit = partial(truncated, cap=config.importance_cap)
         objective = partial(objective, correct=partial(importance, limit=limit))
-    if fresh_only and (config.num_replay or config.replay_steps):
-        raise ValueError(
-            f"{config.method} learns from fresh draws alone, since its advantages hold for the policy that drew: got "
-            f"num_replay {config.num_replay} and replay_steps {config.replay_steps}, expected 0 of both; or use "
-            "log_variance, which learns from any draws"
-        )
-    if (
-        config.num_iterations > 1
-        and not fresh_only
-        and "log_q" not in options
-        and config.method != "log_variance"
-    ):
-        raise ValueError(
-            f"num_iterations {config.num_iterations}: {config.method} does not know how old its draws are; use 1, or "
-            "kept draws (num_replay)"
-        )
-    if config.log_z == "running" and not needs_log_z(row):
-        raise ValueError(
-            f"log_z running: {config.method} asks for no log Z; leave log_z out, or use a method such as jensen_shannon "
-            "or trajectory_balance"
-        )
-    if config.log_z == "learned" and config.method != "trajectory_balance":
-        raise ValueError(
-            f"log_z learned: {config.method} has no gradient in log Z; use log_z plan or running, or method trajectory_balance"
-        )
-    if (
-        config.log_z != "learned"
-        and config.log_z_learning_rate != Config.model_fields["log_z_learning_rate"].default
-    ):
-        raise ValueError(
-            f"log_z_learning_rate is of a learned log Z, and log_z is {config.log_z}; leave it out, or use log_z learned"
-        )
-    has_critic = "returns" in row.derived
-    touched = [
-        name
-        for name in ("gae_lambda", "value_learning_rate", "value_clip")
-        if getattr(config, name) != Config.model_fields[name].default
-    ]
-    if touched and not has_critic:
-        raise ValueError(
-            f"{', '.join(touched)}: {config.method} has no critic; leave it out, or use method ppo"
-        )
-    derived = dict(row.derived)
+    has_critic = "returns" in derived
     if has_critic:
         derived["token_advantage"] = partial(gae_advantage, lam=config.gae_lambda)
     return Choice(
@@ -135,8 +75,93 @@ def chosen(config: Config) -> Choice:
         in_nats=row.unit == "nats",
         needs_log_z=needs_log_z(row),
         has_critic=has_critic,
-        fresh_only=fresh_only,
+        fresh_only=fresh_only(row),
     )
+
+
+def refusals(config: Config, row: Method) -> Iterator[str]:
+    """What `config` asks of its method that the method has not, a message each."""
+    assert row.objective is not None
+    name, options, fresh = config.method, signature(row.objective).parameters, fresh_only(row)
+    if config.clip is not None and (fresh or "clip" not in options):
+        yield (
+            f"clip bounds a residual, and {name} has none; leave clip out, or use a method such as log_variance"
+        )
+    now = _clip_of(row)
+    if _ratio_bounds(config) and (not fresh or getattr(now, "func", now) is not clipped):
+        yield (
+            f"epsilon bounds the ratio to the policy that drew, and {name} does not clip it; leave epsilon out, or use a "
+            "method such as ppo or grpo"
+        )
+    if config.importance_cap is not None and "correct" not in options:
+        yield (
+            f"importance_cap bounds the weight between sampler and trainer, and {name} has none; leave it out, or use a "
+            "method such as ppo or grpo"
+        )
+    if fresh and (config.num_replay or config.replay_steps):
+        yield (
+            f"{name} learns from fresh draws alone, since its advantages hold for the policy that drew: got num_replay "
+            f"{config.num_replay} and replay_steps {config.replay_steps}, expected 0 of both; or use log_variance, which "
+            "learns from any draws"
+        )
+    if config.dynamic_sampling and not fresh:
+        yield (
+            f"dynamic_sampling leaves out prompts whose draws all have one reward, and {name} learns from those too; leave "
+            "it out, or use a method such as grpo or dapo"
+        )
+    if config.num_iterations > 1 and not fresh and "log_q" not in options and name != "log_variance":
+        yield (
+            f"num_iterations {config.num_iterations}: {name} does not know how old its draws are; use 1, or kept draws "
+            "(num_replay)"
+        )
+    if config.kl_target is not None and needs_log_z(row):
+        yield (
+            f"kl_target moves beta, and {name} needs log Z, which the plan knows for one beta; leave kl_target out, or use "
+            "a method such as ppo or log_variance"
+        )
+    if config.log_z == "running" and not needs_log_z(row):
+        yield (
+            f"log_z running: {name} asks for no log Z; leave log_z out, or use a method such as jensen_shannon or "
+            "trajectory_balance"
+        )
+    if config.log_z == "learned" and name != "trajectory_balance":
+        yield (
+            f"log_z learned: {name} has no gradient in log Z; use log_z plan or running, or method trajectory_balance"
+        )
+    if config.log_z != "learned" and _touched(config, "log_z_learning_rate"):
+        yield (
+            f"log_z_learning_rate is of a learned log Z, and log_z is {config.log_z}; leave it out, or use log_z learned"
+        )
+    of_a_critic = _touched(config, "gae_lambda", "value_learning_rate", "value_clip")
+    if of_a_critic and "returns" not in row.derived:
+        yield f"{', '.join(of_a_critic)}: {name} has no critic; leave it out, or use method ppo"
+
+
+def fresh_only(row: Method) -> bool:
+    """True if kept draws are of no use to it: its advantages hold for the policy that drew.
+
+    Example:
+        >>> fresh_only(METHODS["grpo"]), fresh_only(METHODS["log_variance"])
+        (True, False)
+    """
+    return row.unit == "reward"
+
+
+def _ratio_bounds(config: Config) -> dict[str, float]:
+    bounds = {"low": config.epsilon, "high": config.epsilon_high or config.epsilon}
+    return {name: x for name, x in bounds.items() if x is not None}
+
+
+def _clip_of(row: Method) -> Any:
+    """How a row bounds the ratio to the policy that drew, or None."""
+    assert row.objective is not None
+    options = signature(row.objective).parameters
+    return options["clip"].default if "clip" in options else None
+
+
+def _touched(config: Config, *names: str) -> list[str]:
+    """Those of the options that are not what they are unless said."""
+    return [name for name in names if getattr(config, name) != Config.model_fields[name].default]
 
 
 def needs_log_z(row: Method) -> bool:

@@ -278,6 +278,25 @@ def stack_pools(parts: Sequence[Pool]) -> Pool:
     return _merge_pools(parts, stack([part.draws for part in parts]), dim=0)
 
 
+def select_pool(pool: Pool, index: Sequence[int]) -> Pool:
+    """The prompts at `index`, with all their draws and what is known of them."""
+    prompt_of = pool.draws.row // pool.draws.num_draws
+    tokens = torch.cat([(prompt_of == p).nonzero()[:, 0] for p in index])
+    packed = {
+        name: None if (x := getattr(pool, name)) is None else x[tokens]
+        for name in ("token_log_ref", "token_log_pi")
+    }
+    rows = list(index)
+    return Pool(
+        select(pool.draws, rows),
+        pool.reward[rows],
+        pool.log_ref[rows],
+        {name: part[rows] for name, part in pool.parts.items()},
+        None if pool.log_pi is None else pool.log_pi[rows],
+        **packed,
+    )
+
+
 def join_pools(parts: Sequence[Pool]) -> Pool:
     """More draws of the same prompts; what is packed by token is dropped, unless there is nothing to join."""
     if len(parts) == 1:

@@ -43,6 +43,8 @@ class Recipe:
         critic: learns the `returns` among the derived numbers, and gives `old_values`; without one they are zero.
         critic_optimizer: over its parameters.
         value_clip: how far, in units of reward, a value may move with one batch; None for any.
+        kl_target: nats a completion that a controller of beta holds KL(pi||ref) at; None for a fixed beta.
+        kl_horizon: completions over which that controller follows by a fifth.
         log_z_rate: how far a learned log Z goes towards a batch's mean residual; 1 is all the way.
     """
 
@@ -56,6 +58,8 @@ class Recipe:
     critic: Critic | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
     value_clip: float | None = None
+    kl_target: float | None = None
+    kl_horizon: float = 1000.0
     log_z_rate: float = 0.1
 
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from klimb import store
 from klimb.aim import aimed_at, target_record
 from klimb.choice import takes_forbidden
 from klimb.config import Config
-from klimb.data import Pool
+from klimb.data import Pool, Target
 from klimb.loaded import Loaded, generator_for
-from klimb.plan import draw_pool, plan
+from klimb.plan import Plan, draw_pool, plan
 from klimb.records import plan_record
 from klimb.target import own_reward
 from klimb.watch import Watch
@@ -68,15 +70,7 @@ def planned(
     # whatever beta a budget gets, the reward whose tilt the target is stays the same
     target = aimed_at(config.target, loaded.reference, loaded.reward, config.beta or 1.0)
     generator = generator_for(config.seed, "frontier")
-    found = plan(
-        pool.draws.examples,
-        loaded.reference,
-        loaded.reward,
-        loaded.sampler,
-        num_draws=pool.draws.num_draws,
-        generator=generator,
-        pool=replace(pool, reward=own_reward(target, pool)),
-    )
+    found = _found(pool, loaded, target, generator)
     asked = {
         "beta": None if config.beta is None else target.beta,
         "kl": config.kl_budget,
@@ -87,15 +81,53 @@ def planned(
     if (path / "plan.json").is_file():  # resumed: config.yaml holds the beta already, plan.json knows why
         record = store.read_json(path / "plan.json")
     else:
-        record = plan_record(
-            found, price, why=_why(config), target=target_record(config.target), generator=generator
-        )
+        record = _record(found, price, loaded, generator, why=_why(config))
         if not own.is_file():
             store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
         store.write_json(path / "plan.json", record)
+    _settle(path, config, beta)
+    return pool, beta, record
+
+
+def replanned(loaded: Loaded, path: Path, pool: Pool | None, beta: float) -> dict[str, Any] | None:
+    """Write down the beta that a KL controller came to in the place of the one it began with; what plan.json now holds.
+
+    Without a plan's pool only config.yaml changes, and there is no record.
+    """
+    _settle(path, loaded.config, beta)
+    if pool is None:
+        return None
+    why = f"kl_target: {loaded.config.kl_target:g} nats, followed in training"
+    generator = generator_for(loaded.config.seed, "frontier")
+    target = aimed_at(loaded.config.target, loaded.reference, loaded.reward, beta)
+    record = _record(_found(pool, loaded, target, generator), target.beta, loaded, generator, why=why)
+    store.write_json(path / "plan.json", record)
+    return record
+
+
+def _found(pool: Pool, loaded: Loaded, target: Target, generator: torch.Generator) -> Plan:
+    """What the pool says of every beta, of the target's own reward."""
+    return plan(
+        pool.draws.examples,
+        loaded.reference,
+        loaded.reward,
+        loaded.sampler,
+        num_draws=pool.draws.num_draws,
+        generator=generator,
+        pool=replace(pool, reward=own_reward(target, pool)),
+    )
+
+
+def _record(
+    found: Plan, price: float, loaded: Loaded, generator: torch.Generator, *, why: str
+) -> dict[str, Any]:
+    return plan_record(found, price, why=why, target=target_record(loaded.config.target), generator=generator)
+
+
+def _settle(path: Path, config: Config, beta: float) -> None:
+    """Put beta into config.yaml, in the place of a budget or goal."""
     settled = {**config.model_dump(), "beta": beta, "kl_budget": None, "reward_goal": None}
     store.write_yaml(path / "config.yaml", settled)
-    return pool, beta, record
 
 
 def _check_pool(pool: Pool, config: Config) -> None:

@@ -12,7 +12,7 @@ from klimb.measure import Measurement
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
 from klimb.plan import Plan
-from klimb.train import Step
+from klimb.steps import Step
 
 
 def plan_record(

@@ -26,7 +26,7 @@ from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
 from klimb.measure import measure
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
-from klimb.planning import planned
+from klimb.planning import planned, replanned
 from klimb.records import measure_record
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
@@ -277,9 +277,13 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
             told.event("plan", outcome.plan)
         if "train" in verbs:
             assert outcome.beta is not None
-            step, stopped = trained(loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=told)
-            unfinished = step < config.max_steps or "measure" in verbs
-            outcome = replace(outcome, step=step, interrupted=stopped and unfinished)
+            reached, stopped = trained(loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=told)
+            unfinished = reached.step < config.max_steps or "measure" in verbs
+            outcome = replace(outcome, step=reached.step, interrupted=stopped and unfinished)
+            if reached.beta is not None and reached.step == config.max_steps:
+                outcome = replace(
+                    outcome, beta=reached.beta, plan=replanned(loaded, path, pool, reached.beta)
+                )
             if outcome.interrupted:
                 return outcome
         if "measure" in verbs:

@@ -26,7 +26,8 @@ from klimb.models.master import adamw, masters, moved_average, speaking_as, writ
 from klimb.plan import draw_pool
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
-from klimb.train import Step, TrainState, train
+from klimb.steps import Step, TrainState
+from klimb.train import train
 from klimb.watch import Watch
 
 PATIENCE = 5
@@ -35,8 +36,8 @@ PATIENCE = 5
 
 def trained(
     loaded: Loaded, path: Path, *, pool: Pool | None, beta: float, resume: bool, watch: Watch
-) -> tuple[int, bool]:
-    """Train, from the newest checkpoint if there is one; (steps done, whether it was asked to stop).
+) -> tuple[TrainState, bool]:
+    """Train, from the newest checkpoint if there is one; (how far it got, whether it was asked to stop).
 
     Args:
         loaded: what the configuration names; its policy is trained.
@@ -67,6 +68,8 @@ def trained(
             num_iterations=config.num_iterations,
             num_minibatches=config.num_minibatches,
             kl_stop=config.kl_stop,
+            kl_target=config.kl_target,
+            kl_horizon=config.kl_horizon,
             max_grad_norm=config.max_grad_norm,
             critic=moving.critic,
             critic_optimizer=moving.critic_optimizer,
@@ -80,6 +83,7 @@ def trained(
         num_replay=config.num_replay,
         replay_steps=config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
+        max_rounds=1 + config.dynamic_sampling,
         log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
         scheduler=moving.scheduler,
         state=state,
@@ -114,12 +118,12 @@ def trained(
             )
             watch.event("checkpoint", {"step": step.step})
         if stopped and step.step < config.max_steps:
-            return step.step, True
+            return state, True
     write_out(moving.result, moving.parameters)  # from here on the policy is what was averaged
     store.write_directory_whole(path / "policy", partial(save_policy, loaded.policy))
     stopped = stopped or watch.stop()
     watch.event("trained", {"step": state.step})
-    return state.step, stopped
+    return state, stopped
 
 
 def _moving(loaded: Loaded) -> Moving:

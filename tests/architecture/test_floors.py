@@ -22,6 +22,7 @@ FLOORS = [  # from the bottom
     {"models", "samplers", "rewards", "target"},
     {"methods", "backward"},
     {"learn", "log_z"},
+    {"batch", "steps"},
     {"plan", "train", "measure", "sample", "climb"},
     {"report", "store", "config", "dataset"},
     {"trackers", "records", "checkpoint", "watch"},

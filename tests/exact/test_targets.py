@@ -752,7 +752,7 @@ def tiny_draws(tiny_model):
 def test_a_language_model_in_every_target(tiny_draws):
     """What training makes of draws goes through every target; a log-ratio is that of the very tokens drawn."""
     from klimb.backward import known_numbers
-    from klimb.train import scored_pool
+    from klimb.batch import scored_pool
 
     policy, other, draws = tiny_draws
 

@@ -100,6 +100,38 @@ CASES = [
         None,
         ["log_z_learning_rate", "log_z is plan", "log_z learned"],
     ),
+    (
+        "a controller for a method of one beta",
+        {"kl_target": 0.5, "method": "jensen_shannon"},
+        None,
+        ["kl_target moves beta", "jensen_shannon needs log Z"],
+    ),
+    (
+        "a controller of a made-up beta",
+        {
+            "kl_target": 0.5,
+            "target.kind": "entropy_bonus",
+            "target.bonus": 0.1,
+            "beta": 0.1,
+            "kl_budget": None,
+        },
+        None,
+        ["kl_target moves beta", "entropy_bonus"],
+    ),
+    (
+        "a controller that sees no draws",
+        {"kl_target": 0.5, "num_generations": 0, "replay_steps": 24},
+        None,
+        ["fresh draws"],
+    ),
+    ("a horizon of one step", {"kl_target": 0.5, "kl_horizon": 2}, None, ["kl_horizon 2", "too short"]),
+    ("a horizon for nobody", {"kl_horizon": 2}, None, ["kl_horizon", "kl_target"]),
+    (
+        "other prompts where all are of use",
+        {"dynamic_sampling": 2},
+        None,
+        ["dynamic_sampling", "log_variance learns from those too", "grpo"],
+    ),
     ("epsilon without a ratio", {"epsilon": 0.2}, None, ["epsilon", "does not clip"]),
     (
         "minibatches of less than a prompt",

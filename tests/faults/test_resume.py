@@ -17,6 +17,7 @@ import torch
 from klimb import run as edge
 from klimb import training
 from klimb.config import load
+from klimb.numbers.kl_control import adapted_beta
 from klimb.run import climb, run_train
 from klimb.store import load_latest_checkpoint, read_draws, read_jsonl
 from klimb.watch import Watch
@@ -307,6 +308,53 @@ def test_ppo_resumes_with_its_critic(ppo, tmp_path, monkeypatch, forgets):
     same = steps_of(tmp_path / "run") == steps_of(never)
     assert same == (forgets is None)
     assert all("value_loss" in record and record["updates"] == 4 for record in steps_of(never))
+
+
+@pytest.fixture(scope="module")
+def controlled(make_run, options, tmp_path_factory):
+    """A beta that follows the KL, and prompts that are drawn in the place of others."""
+    changes = {
+        "method": "grpo",
+        "num_replay": 0,
+        "beta": 0.3,
+        "kl_budget": None,
+        "kl_target": 0.01,
+        "kl_horizon": 50,
+        "dynamic_sampling": 1,
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    return load(None, options({**make_run(tmp_path_factory.mktemp("controlled")), **changes}))
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_kl_controller_is_taken_up_where_it_was_and_its_last_beta_is_the_runs(
+    controlled, tmp_path, monkeypatch, forgets
+):
+    never = run_train(at(controlled, tmp_path / "never"))
+    stopped_after(2, at(controlled, tmp_path / "run"))
+    real = edge.store.load_latest_checkpoint
+    if forgets:
+        monkeypatch.setattr(
+            edge.store,
+            "load_latest_checkpoint",
+            lambda folder: replace(real(folder), state={**real(folder).state, "beta": None}),
+        )
+    again = run_train(at(controlled, tmp_path / "run"), resume=True)
+    records = steps_of(never.path)
+    assert (steps_of(again.path) == records) == (not forgets)
+    drawn = controlled.prompts_per_step * controlled.num_generations
+    for earlier, later in pairwise(records):
+        if earlier["prompts_drawn"] == controlled.prompts_per_step and earlier["prompts_alike"] == 0:
+            moved = adapted_beta(
+                earlier["beta"], earlier["kl"]["value"], goal=0.01, num_completions=drawn, horizon=50
+            )
+            assert abs(later["beta"] / moved - 1) < 1e-5
+    betas = [record["beta"] for record in records]
+    assert betas[0] == 0.3
+    assert len(set(betas)) == 4
+    assert never.beta not in betas  # the last step moved it once more
+    assert load(never.path / "config.yaml").beta == never.beta
 
 
 @pytest.fixture(scope="module", params=["running", "learned"])

@@ -16,7 +16,7 @@ from klimb.data import Draws, Example, Pool
 from klimb.run import run_plan, run_train
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.replay import Kept, Replay
-from klimb.train import TrainState, disagreement
+from klimb.steps import TrainState, disagreement
 from klimb.watch import Watch
 
 

@@ -1,11 +1,13 @@
 """Llama's layers written out draw what transformers' own layers draw, token by token, with and without adapters."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from klimb.models import decoding
 from klimb.models.families import lora
-from klimb.models.llama import is_llama_like
+from klimb.models.llama import LlamaDecoder, is_llama_like
 from klimb.models.policy import CausalPolicy
 from klimb.samplers.ancestral import ancestral
 
@@ -62,6 +64,28 @@ def test_both_roads_draw_the_same_with_adapters(options, build, tokenizer, examp
     with reference.activate():
         assert is_llama_like(reference.model)
     assert apart(own, both_roads(reference, examples, monkeypatch)[0]) > 0.1  # the mutant: the other adapter
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2"])
+def test_steps_of_fixed_shapes_draw_the_same(name, build, tokenizer, examples, monkeypatch):
+    """What a GPU records: attention over all places a completion may have, those not yet written left out."""
+    policy, _ = moved(build(name), tokenizer)
+
+    def drawn():
+        generator = torch.Generator().manual_seed(2)
+        return ancestral(policy, examples, 6, generator=generator, max_completion_length=LONGEST)
+
+    growing = drawn()
+    monkeypatch.setattr(decoding, "LlamaDecoder", partial(LlamaDecoder, fixed=True))
+    assert apart(growing, drawn()) < 1e-3
+
+    def forgetful(self, tokens):  # the mutant: places not yet written are read
+        self.unwritten = torch.zeros_like(self.unwritten)
+        return LlamaDecoder.next_hidden(self, tokens)
+
+    monkeypatch.setattr(decoding, "LlamaDecoder", type("Mutant", (LlamaDecoder,), {"next_hidden": forgetful}))
+    monkeypatch.setattr(decoding, "LlamaDecoder", partial(decoding.LlamaDecoder, fixed=True))
+    assert apart(growing, drawn()) > 0.01
 
 
 def test_weights_that_moved_are_laid_out_again(build, tokenizer, examples):

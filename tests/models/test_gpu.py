@@ -12,7 +12,8 @@ from klimb.objectives import log_variance
 from klimb.plan import plan
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.replay import Replay
-from klimb.train import TrainState, train
+from klimb.steps import TrainState
+from klimb.train import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import torch
 
 from klimb import log_z as log_z_of_steps
 from klimb.choice import chosen, needs_log_z, takes_forbidden
-from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load
+from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load, options
 from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
@@ -19,12 +19,14 @@ from klimb.log_z import plan_log_z, start_learned, start_log_z, take_in
 from klimb.methods import METHODS, working_with
 from klimb.models.critic import Critic
 from klimb.models.families import lora
+from klimb.numbers import kl_control
 from klimb.numbers.running import add_draws, running_log_z
 from klimb.objectives import generators, log_variance, trajectory_balance
 from klimb.plan import draw_pool
 from klimb.samplers.ancestral import ancestral
+from klimb.steps import TrainState
 from klimb.target import tilt
-from klimb.train import TrainState, train
+from klimb.train import train
 
 BETA = 0.3
 AIM = tilt(None, None, BETA)
@@ -254,6 +256,7 @@ def test_the_policys_own_draws_grow_old_within_a_batch(policies):
 
 def test_the_configuration_knows_the_table():
     rows = {name for name, row in METHODS.items() if row.objective is not None}
+    assert options.BOUND == kl_control.BOUND
     assert set(TRAINED) | set(UNTRAINED) == set(METHODS)
     assert set(TRAINED) <= rows
     assert {name for name in TRAINED if needs_log_z(METHODS[name])} == set(NEED_LOG_Z)

@@ -142,6 +142,9 @@ class LengthNormalized(BaseModel):
     kind: Literal["length_normalized"] = "length_normalized"
 
 
+BOUND = 0.2
+"""most by which a KL controller's relative error counts (a test compares it with klimb.numbers.kl_control)"""
+
 Aim = PlainTilt | EntropyBonus | LengthNormalized
 """the targets that a run can have"""
 PYTHON_ONLY = {
@@ -216,6 +219,8 @@ class Config(BaseModel):
     """first steps that only replay the plan's pool"""
     keep_fresh: bool = True
     """keep fresh completions to be replayed later"""
+    dynamic_sampling: Amount = 0
+    """more rounds of prompts that a step draws in the place of those whose draws all have one reward (grpo, dapo, ...)"""
     prompts_per_step: Count = 8
     """prompts in a step"""
     max_steps: Amount = 24
@@ -240,6 +245,10 @@ class Config(BaseModel):
     """weights between sampler and trainer are cut here (ppo, grpo, ...); left out: the sampler is believed"""
     kl_stop: Positive | None = None
     """nats from the policy that drew at which a batch is left; left out: never"""
+    kl_target: Positive | None = None
+    """nats at which beta, from the one given or planned on, follows to hold KL(policy||reference); left out: beta stays"""
+    kl_horizon: Positive = 1000.0
+    """completions over which that beta moves by a fifth at most"""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
     """how far ppo trusts rewards over its critic; below 1 the critic's error biases"""
     value_learning_rate: Positive = 1e-3
@@ -285,8 +294,8 @@ class Config(BaseModel):
     """trackers that accelerate knows: trackio, wandb, tensorboard, mlflow, ..."""
     seed: Amount = 0
     """of everything random"""
-    max_chunk_tokens: Count = 512
-    """completion tokens that go through the model together in training; less needs less memory"""
+    max_chunk_tokens: Count | None = None
+    """completion tokens that go through the model together; left out: 512 on a CPU, 4096 on a GPU; less needs less memory"""
     batch_rows: Count = 192
     """completions drawn side by side"""
 
@@ -353,6 +362,7 @@ class Config(BaseModel):
                 f"method filtered keeps what reaches a threshold of the plain reward, which target.kind "
                 f"{self.target.kind} is not about; use raft or log_variance, or target.kind tilt"
             )
+        self._controls_kl()
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
                 f"num_generations {self.num_generations} with num_replay {self.num_replay}: {self.method} compares the "
@@ -381,6 +391,29 @@ class Config(BaseModel):
                 "expected as many of each"
             )
         return self
+
+    def _controls_kl(self) -> None:
+        """Refuse a KL controller that could not work."""
+        if self.kl_target is None:
+            if self.kl_horizon != type(self).model_fields["kl_horizon"].default:
+                raise ValueError(
+                    "kl_horizon is how slowly beta follows a kl_target, and there is none; give kl_target, or leave it out"
+                )
+            return
+        if self.target.kind == "entropy_bonus":
+            raise ValueError(
+                "kl_target moves beta, and target.kind entropy_bonus is made of a beta and a bonus; leave one of them out"
+            )
+        if self.num_generations == 0:
+            raise ValueError(
+                "kl_target needs fresh draws to measure the KL on, and num_generations is 0; use 2 or more"
+            )
+        drawn = self.prompts_per_step * self.num_generations
+        if drawn * BOUND >= self.kl_horizon:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon:g} is too short for {drawn} completions a step, which could bring beta to zero "
+                f"at once; use more than {drawn * BOUND:g}, ten times that at best"
+            )
 
     @property
     def needs_plan(self) -> bool:

@@ -1,7 +1,7 @@
 """From one token of the running completions to the state that predicts the next, for any architecture.
 
 R rows (completions still running) of P prompts, G draws a prompt, D hidden width. `started` reads the prompts and picks the
-road: Llama's layers written out on a CPU, transformers' own layers and cache everywhere else.
+road: Llama's layers written out where the model has them, transformers' own layers and cache everywhere else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from klimb.models.low_rank import merged
 from klimb.models.policy import CausalPolicy
 from klimb.models.room import make_room, remembering
 
+WRITTEN_OUT_ON = ("cpu", "cuda")
+
 
 class Decoder(Protocol):
-    """What the running completions remember."""
+    """What the running completions remember.
+
+    Attributes:
+        dead: share of the rows that has to have ended before the others go on alone, which has its price.
+    """
+
+    dead: float
 
     def next_hidden(self, tokens: Tensor) -> Tensor:
         """[R] the tokens just drawn -> [R, D] the states that predict the ones after them."""
@@ -34,6 +42,8 @@ class Decoder(Protocol):
 
 class CacheDecoder:
     """The model's own layers, with a copy of the prompt's memory in the cache of every row."""
+
+    dead = 1 / 16
 
     def __init__(self, model: Any, cache: Any, mask: Tensor, num_draws: int, longest: int):
         """Cache and mask [P, L]: of the prompts; longest: how many tokens a completion may have."""
@@ -72,7 +82,7 @@ def started(
     """
     first, cache, mask = policy.read_prompts(examples)
     first, model = first.repeat_interleave(num_draws, 0), policy.model
-    if policy.device.type == "cpu" and is_llama_like(model):
+    if policy.device.type in WRITTEN_OUT_ON and is_llama_like(model):
         keys, values = [x.keys for x in cache.layers], [x.values for x in cache.layers]
         yield first, LlamaDecoder(model, keys, values, mask, num_draws, longest)
     else:

@@ -23,7 +23,9 @@ from klimb.models.low_rank import fuse_adapters
 from klimb.models.policy import CausalPolicy, adapters, check_head
 
 
-def full(model: Any, tokenizer: Any, *, max_chunk_tokens: int = 512) -> tuple[CausalPolicy, CausalPolicy]:
+def full(
+    model: Any, tokenizer: Any, *, max_chunk_tokens: int | None = None
+) -> tuple[CausalPolicy, CausalPolicy]:
     """Every weight moves; the reference is a frozen copy. Returns (policy, reference).
 
     Raises:
@@ -49,7 +51,7 @@ def lora(
     layers: int | None = None,
     start: str | Path | None = None,
     seed: int = 0,
-    max_chunk_tokens: int = 512,
+    max_chunk_tokens: int | None = None,
 ) -> tuple[CausalPolicy, CausalPolicy]:
     """Low-rank adapters move: W + (alpha / r) B A, B zero at first. Returns (policy, reference).
 
@@ -63,7 +65,7 @@ def lora(
             cheaper, and fewer weights remember less of the draws they were trained on.
         start: folder of an adapter to go on from; the reference is then that adapter, frozen.
         seed: of A's random start.
-        max_chunk_tokens: how many completion tokens go through the model together.
+        max_chunk_tokens: how many completion tokens go through the model together; left out, what keeps the device busy.
 
     Raises:
         ValueError: `start` is no LoRA adapter, or one that also replaces whole layers or adapts the head, where it

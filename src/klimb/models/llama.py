@@ -5,8 +5,8 @@ for any architecture is done here for one kind of it (Llama, Mistral, Qwen2 and 
 
 - the memory of a prompt is read where it lies by all of its completions, instead of being copied to each; attention over
   the prompt and over the completion's own tokens are two sums, joined by their weights;
-- query, key and value are one matrix product, gate and up another, and on a CPU their weights are laid out once for
-  the processor's products;
+- on a CPU query, key and value are one matrix product, gate and up another, of weights laid out once for the
+  processor; on a GPU the whole step is recorded once and played again for every token;
 - the low-rank adapters of layers side by side are one narrow product and one wide one.
 
 Same numbers as the model's own forward pass up to rounding. Nothing is differentiable.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from klimb.models.low_rank import adapter_of, base_of
+from klimb.models.recorded import recorded
 
 KINDS = {"llama", "mistral", "qwen2"}
 PACKABLE = (torch.bfloat16, torch.float32)
@@ -51,22 +52,25 @@ class _Product:
     """x -> x W' + bias + (scale * x A') B' of linear layers side by side, W and B above one another.
 
     Attributes:
-        weight: [D_out, D_in], packed or plain.
-        packed: whether it is laid out for the processor.
+        weights: [D_out, D_in] of each layer, or one for all of them.
+        packed: whether that one is laid out for the processor.
         bias: [D_out] or None.
         adapter: A [r, D_in], scale [r], B' [r, D_out], or None.
     """
 
-    weight: Tensor
+    weights: tuple[Tensor, ...]
     packed: bool
     bias: Tensor | None
     adapter: tuple[Tensor, Tensor, Tensor] | None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weights[0], self.bias, "none", [], "")
+        elif len(self.weights) == 1:
+            y = nn.functional.linear(x, self.weights[0], self.bias)
         else:
-            y = nn.functional.linear(x, self.weight, self.bias)
+            y = torch.cat([x @ weight.t() for weight in self.weights], 1)
+            y = y if self.bias is None else y.add_(self.bias)
         if self.adapter is None:
             return y
         a, scale, b = self.adapter
@@ -76,7 +80,7 @@ class _Product:
 def _side_by_side(linears: Sequence[Any]) -> _Product:
     bases = [base for linear in linears if (base := base_of(linear)) is not None]
     assert len(bases) == len(linears)
-    weight, packed = _laid_out([base.weight for base in bases], bases[0])
+    weights, packed = _laid_out([base.weight for base in bases], bases[0])
     biases = [base.bias for base in bases]
     bias = None
     if any(b is not None for b in biases):
@@ -86,7 +90,7 @@ def _side_by_side(linears: Sequence[Any]) -> _Product:
                 for base, b in zip(bases, biases, strict=True)
             ]
         )
-    return _Product(weight, packed, bias, _adapters_side_by_side(linears, [len(b.weight) for b in bases]))
+    return _Product(weights, packed, bias, _adapters_side_by_side(linears, [len(b.weight) for b in bases]))
 
 
 def _adapters_side_by_side(
@@ -109,18 +113,20 @@ def _starts(heights: Sequence[int]) -> list[int]:
     return [sum(heights[:i]) for i in range(len(heights))]
 
 
-def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[Tensor, bool]:
-    """The weights above one another, packed where the processor gains by it; kept beside the first one until one changes."""
+def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tensor, ...], bool]:
+    """The weights; on a CPU above one another, packed where it gains by it, kept beside the first until one changes."""
+    if weights[0].device.type != "cpu":  # a copy would cost memory that a large model has not
+        return tuple(w.detach() for w in weights), False
     name = tuple((w.data_ptr(), w._version, w.dtype, len(w)) for w in weights)
     kept = keeper.__dict__.get("laid_out")
     if kept is not None and kept[0] == name:
         return kept[1], kept[2]
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
-    packs = weight.device.type == "cpu" and weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
+    packs = weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
     if packs:
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    keeper.__dict__["laid_out"] = (name, weight, packs)
-    return weight, packs
+    keeper.__dict__["laid_out"] = (name, (weight,), packs)
+    return (weight,), packs
 
 
 ROWS = 64
@@ -152,33 +158,51 @@ class LlamaDecoder:
         mask: Tensor,
         num_draws: int,
         longest: int,
+        *,
+        fixed: bool | None = None,
     ):
-        """Keys and values: of each layer, [P, heads, L, width], as its attention uses them; mask: [P, L], 1 for tokens."""
+        """Start from what the layers remember of the prompts.
+
+        Args:
+            model: Llama-like.
+            keys: of each layer, [P, heads, L, width], as its attention uses them.
+            values: likewise.
+            mask: [P, L], 1 for tokens.
+            num_draws: G.
+            longest: tokens of a completion.
+            fixed: whether every step has the same shapes, so that it can be recorded; left out: on a GPU.
+        """
+        device = mask.device
+        self.fixed = device.type == "cuda" if fixed is None else fixed
+        self.dead = 1 / 2 if self.fixed else 1 / 16  # a recording for fewer rows costs as much as two steps
+        self.play = None
         body = model.get_decoder()
         attention = body.layers[0].self_attn
         self.body, self.scaling, self.width = body, attention.scaling, attention.head_dim
         self.layers = [_written_out(layer) for layer in body.layers]
-        self.keys, self.values = list(keys), list(values)
+        wide = torch.promote_types(keys[0].dtype, torch.float32)
+        shared = wide if self.fixed else keys[0].dtype
+        self.keys, self.values = [k.to(shared) for k in keys], [v.to(shared) for v in values]
         prompts, self.kv_heads, _, _ = keys[0].shape
         self.groups = model.config.get_text_config().num_attention_heads // self.kv_heads
         rows = prompts * num_draws
-        self.prompt = torch.arange(prompts, device=mask.device).repeat_interleave(num_draws)
+        self.prompt = torch.arange(prompts, device=device).repeat_interleave(num_draws)
         self.table = _table(self.prompt)
         self.position = mask.sum(1)[self.prompt]
         padded = not bool(mask.all())
-        padding = torch.zeros(mask.shape, dtype=keys[0].dtype, device=mask.device)
+        padding = torch.zeros(mask.shape, dtype=shared, device=device)
         self.padding = padding.masked_fill(mask == 0, -torch.inf)[:, None, None] if padded else None
-        wide = torch.promote_types(keys[0].dtype, torch.float32)
         self.own = [
-            torch.empty(2, rows, self.kv_heads, longest, self.width, dtype=wide, device=mask.device)
+            torch.zeros(2, rows, self.kv_heads, longest, self.width, dtype=wide, device=device)
             for _ in self.layers
         ]
-        self.length = 0
+        self.length, self.at = 0, torch.zeros(1, dtype=torch.int64, device=device)
+        self.unwritten = torch.full((longest,), -torch.inf, dtype=wide, device=device)
 
     def keep(self, kept: Tensor) -> None:
         """Forget all rows but these."""
         self.prompt, self.position = self.prompt[kept], self.position[kept]
-        self.table = _table(self.prompt)
+        self.table, self.play = _table(self.prompt), None
         for i, own in enumerate(self.own):
             self.own[i] = own[:, kept]
 
@@ -187,14 +211,24 @@ class LlamaDecoder:
         """[R] the tokens just drawn -> [R, D] the states that predict the ones after them."""
         x = self.body.embed_tokens(tokens)
         cos, sin = self.body.rotary_emb(x, position_ids=(self.position + self.length)[:, None])
+        self.at.fill_(self.length)
         self.length += 1
+        if not self.fixed:
+            return self._through(x, cos, sin)
+        self.unwritten[: self.length] = 0.0
+        if self.play is None:
+            self.play = recorded(self._through, x, cos, sin) if x.is_cuda else self._through
+        return self.play(x, cos, sin)
+
+    def _through(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[R, D] embedded tokens through all layers; what they say to later tokens is written down."""
         for i, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).reshape(len(x), -1, self.width)
             turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
             turned = turned * cos + _half_turned(turned) * sin
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
-            own = self.own[i]
-            own[0, :, :, self.length - 1], own[1, :, :, self.length - 1] = key, value
+            for own, said in zip(self.own[i], (key, value), strict=True):
+                own.index_copy_(2, self.at, said[:, :, None].to(own.dtype))
             x = x + layer.output(self._attention(i, query).reshape(len(x), -1))
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, 1)
             x = x + layer.down(layer.activation(gate) * up)
@@ -209,7 +243,8 @@ class LlamaDecoder:
         grouped = query.new_zeros(num_prompts, deep, *query.shape[1:])
         grouped[prompts, slot] = query
         grouped = grouped.permute(0, 2, 1, 3, 4).reshape(num_prompts, self.kv_heads, -1, self.width)
-        shared, shared_weight = _attend(grouped, self.keys[i], self.values[i], self.padding, self.scaling)
+        attend = _attend if self.fixed else _attend_on_cpu
+        shared, shared_weight = attend(grouped, self.keys[i], self.values[i], self.padding, self.scaling)
         back = (num_prompts, self.kv_heads, deep, self.groups)
         shared = shared.reshape(*back, self.width).transpose(1, 2)[prompts, slot]
         shared_weight = shared_weight.reshape(back).transpose(1, 2)[prompts, slot]
@@ -217,16 +252,10 @@ class LlamaDecoder:
         return shared.to(own.dtype).lerp(own, share).to(query.dtype)
 
     def _over_own(self, i: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention [R, kv, groups, width] over the row's own tokens, and the log of the sum of its weights.
-
-        For one query a row the fused operation of torch takes twice as long as its parts.
-        """
-        key, value = self.own[i][..., : self.length, :]
-        score = torch.matmul(query.to(key.dtype), key.transpose(2, 3)).mul_(self.scaling)
-        largest = score.amax(-1, keepdim=True)
-        mass = score.sub_(largest).exp_()
-        total = mass.sum(-1, keepdim=True)
-        return torch.matmul(mass, value).div_(total), (largest + total.log_())[..., 0]
+        """Attention [R, kv, groups, width] over the row's own tokens, and the log of the sum of its weights."""
+        if self.fixed:
+            return _attend(query, *self.own[i], self.unwritten, self.scaling)
+        return _attend(query, *self.own[i][..., : self.length, :], None, self.scaling)
 
 
 def _table(prompt: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -244,7 +273,23 @@ def _half_turned(x: Tensor) -> Tensor:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention [.., q, width] and the log of the weights' sum [.., q] of each query."""
+    """Attention [.., q, width] and the log of the weights' sum [.., q] of each query, summed in the memory's dtype.
+
+    For one query a row the fused operation of torch takes twice as long as its parts.
+    """
+    score = torch.matmul(query.to(key.dtype), key.transpose(-2, -1)).mul_(scale)
+    if hidden is not None:
+        score = score.add_(hidden)
+    largest = score.amax(-1, keepdim=True)
+    mass = score.sub_(largest).exp_()
+    total = mass.sum(-1, keepdim=True)
+    return torch.matmul(mass, value).div_(total), (largest + total.log_())[..., 0]
+
+
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same for many queries, in the model's dtype."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=hidden, scale=scale
     )

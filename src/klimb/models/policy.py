@@ -21,6 +21,9 @@ from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
 from klimb.models.room import remembering
 
+CHUNK_TOKENS = {"cuda": 4096}
+"""512 keep a CPU busy and its memory small; a GPU would wait for Python with so few"""
+
 
 @dataclass(frozen=True)
 class CausalPolicy:
@@ -31,7 +34,7 @@ class CausalPolicy:
         tokenizer: the one that goes with it.
         activate: opens a context in which the right adapters are on; nothing to do for a plain model.
         trainable: the tensors that training may move; empty for a reference.
-        max_chunk_tokens: how many completion tokens go through the model together.
+        max_chunk_tokens: how many completion tokens go through the model together; left out, what keeps the device busy.
         end: the tokens that end a completion.
     """
 
@@ -39,11 +42,16 @@ class CausalPolicy:
     tokenizer: Any
     activate: Callable[[], AbstractContextManager] = nullcontext
     trainable: tuple[Tensor, ...] = ()
-    max_chunk_tokens: int = 512
+    max_chunk_tokens: int | None = None
     end: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Completion tokens that go through the model together."""
+        return self.max_chunk_tokens or CHUNK_TOKENS.get(self.device.type, 512)
 
     @property
     def device(self) -> torch.device:
@@ -96,7 +104,7 @@ class CausalPolicy:
     def hidden(self, draws: Draws) -> Tensor:
         """[N, D] the last layer's state that predicts each packed token; differentiable in `parameters()`."""
         with self.activate():
-            parts = [self._hidden(piece) for piece in chunks(draws, self.max_chunk_tokens)]
+            parts = [self._hidden(piece) for piece in chunks(draws, self.chunk_tokens)]
         return torch.cat(parts)
 
     def log_prob(self, draws: Draws) -> Tensor:

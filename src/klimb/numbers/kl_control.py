@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BOUND = 0.2
+"""most by which a relative error of the KL counts"""
+
 
 @torch.no_grad()
 def kl_from_old(token_log_pi: Tensor, token_log_old: Tensor, lengths: Tensor) -> Tensor:
@@ -69,7 +72,13 @@ def stops_early(kl: float, *, limit: float) -> bool:
 
 
 def adapted_beta(
-    beta: float, kl: float, *, goal: float, num_completions: int, horizon: float = 10_000, bound: float = 0.2
+    beta: float,
+    kl: float,
+    *,
+    goal: float,
+    num_completions: int,
+    horizon: float = 10_000,
+    bound: float = BOUND,
 ) -> float:
     """The next beta of a controller that raises it while the KL is above its goal and lowers it below.
 

@@ -18,8 +18,6 @@ from klimb.models.decoding import started
 from klimb.models.policy import CausalPolicy
 
 BLOCK = 256
-DEAD = 1 / 16
-"""share of a batch that has to have ended before it is made smaller: that copies what all others remember"""
 
 
 @torch.no_grad()
@@ -142,7 +140,7 @@ def _decode(
             running = running & ~torch.isin(chosen, end)
             if step + 1 == longest or not running.any():
                 break
-            if running.sum() <= (1 - DEAD) * len(rows):
+            if running.sum() <= (1 - decoder.dead) * len(rows):
                 kept = running.nonzero()[:, 0]
                 rows, chosen, running = rows[kept], chosen[kept], running[kept]
                 decoder.keep(kept)

@@ -92,7 +92,7 @@ def undo_run(run: str | Path) -> None:
 
 def environment(*, seed: int | None = None, reward_hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a run depended on: versions, git revision of the current folder, seed, hashes of reward code."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: _version(name) for name in PACKAGES}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -102,6 +102,14 @@ def environment(*, seed: int | None = None, reward_hashes: Mapping[str, str] | N
         "seed": seed,
         "reward_hashes": dict(reward_hashes or {}),
     }
+
+
+def _version(package: str) -> str | None:
+    """None for what runs without having been installed, as klimb itself from its source."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def draws_path(run: str | Path, verb: str, step: int | None = None) -> Path:

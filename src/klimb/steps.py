@@ -1,0 +1,174 @@
+"""One training step as a record: what the next one needs, and what there is to look at.
+
+P prompts a step, G draws a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from klimb.backward import Objective, Passed
+from klimb.data import Pool, Target
+from klimb.log_z import LearnedLogZ
+from klimb.numbers.estimate import Estimate, mean_estimate
+from klimb.numbers.running import RunningLogZ
+from klimb.objectives.bind import name_of
+from klimb.samplers.replay import Replay
+from klimb.target import own_reward
+
+TOLERATED = 0.1
+"""share of the spread of reward / beta that sampler and scorer may differ by, on average, before a step warns"""
+PARTED = 0.5
+"""share of a step's prompts whose learned log Z may lie above the plan's interval before a step warns"""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What the next step needs besides the weights and the optimizer, which are changed in place.
+
+    Attributes:
+        step: how many steps are done.
+        order: the prompts still to come in this pass over the data.
+        replay: completions kept.
+        log_z: a running or learned log Z of each example (`klimb.log_z.start_log_z`, `start_learned`), or None.
+        beta: where a KL controller has got to, units of reward per nat; None for the target's own.
+    """
+
+    step: int = 0
+    order: tuple[int, ...] = ()
+    replay: Replay = field(default_factory=Replay)
+    log_z: RunningLogZ | LearnedLogZ | None = None
+    beta: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did, to be looked at.
+
+    Attributes:
+        step: its number, from 1.
+        estimates: reward, kl (nats), objective of the fresh draws; empty in a step that only replays.
+        numbers: value of the objective, residual_std (nats), gradient norm, learning rate, tokens, sampler_error, ...
+        seconds: where the time went: draw, score, update.
+        fresh: the draws of this step with their log-probabilities under reference and policy, or None.
+        state: what the next step needs.
+        warnings: what it is about -> what to say; whoever looks on says it once.
+    """
+
+    step: int
+    estimates: dict[str, Estimate]
+    numbers: dict[str, float]
+    seconds: dict[str, float]
+    fresh: Pool | None
+    state: TrainState
+    warnings: Mapping[str, str] = field(default_factory=dict)
+
+
+def seen(
+    state: TrainState,
+    pool: Pool,
+    fresh: Pool | None,
+    passed: Passed,
+    moved: Mapping[str, float],
+    seconds: Mapping[str, float],
+    *,
+    objective: Objective,
+    target: Target,
+) -> Step:
+    """The record of a step that has just been taken."""
+    own = fresh is not None and fresh.draws.own_law
+    numbers = {
+        "objective_value": passed.value.mean().item(),
+        **spread(passed.residual),
+        **moved,
+        **lengths(pool if fresh is None else fresh),
+        "tokens": int(pool.draws.lengths.sum()),
+        **(sampler_error(fresh) if own else {}),
+    }
+    warnings = {}
+    if pool.draws.full_support is None and not passed.asked & {"log_q", "log_w"}:
+        warnings["full_support"] = (
+            f"{name_of(objective)} does not ask which law its draws come from, and of some of them it is not known "
+            "whether that law can draw every completion; what it cannot draw goes unlearned, unseen"
+        )
+    if moved.get("log_z_parted", 0.0) > PARTED:
+        warnings["log_z"] = (
+            f"the learned log Z of {moved['log_z_parted']:.0%} of a step's prompts lies above what the plan's draws say: there the "
+            "policy leaks mass onto what it rarely draws; use a smaller log_z_learning_rate, or log_z: plan"
+        )
+    if own and (told := disagreement(fresh, numbers["sampler_error_mean"], target.beta)):
+        warnings["sampler_error"] = told
+    return Step(
+        step=state.step,
+        estimates=fresh_estimates(fresh, target, step=state.step) if own else {},
+        numbers=numbers,
+        seconds=dict(seconds),
+        fresh=fresh,
+        state=state,
+        warnings=warnings,
+    )
+
+
+def spread(residual: Tensor) -> dict[str, float]:
+    """How uneven the residual is, nats; nothing where a prompt has fewer than two draws that are not forbidden."""
+    groups = [row[row.isfinite()] for row in residual]
+    if any(len(group) < 2 for group in groups):
+        return {}
+    return {"residual_std": sum(group.std().item() for group in groups) / len(groups)}
+
+
+def lengths(pool: Pool) -> dict[str, float]:
+    """Mean completion length in tokens, and the share that ended by themselves."""
+    return {
+        "completion_length": pool.draws.lengths.float().mean().item(),
+        "finished": pool.draws.finished.float().mean().item(),
+    }
+
+
+def fresh_estimates(fresh: Pool, target: Target, *, step: int) -> dict[str, Estimate]:
+    """Reward, KL(pi||ref) in nats, and the target's own reward - beta KL, of draws from the policy.
+
+    Both log-probabilities are the scorer's: a sampler in low precision rounds in another way.
+    """
+    assert fresh.draws.own_law
+    assert fresh.log_pi is not None
+    each = fresh.log_pi - fresh.log_ref
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "reward": mean_estimate(fresh.reward, generator=generator),
+        "kl": mean_estimate(each, generator=generator),
+        "regularised_reward": mean_estimate(
+            own_reward(target, fresh) - target.beta * each, generator=generator
+        ),
+    }
+
+
+def sampler_error(fresh: Pool) -> dict[str, float]:
+    """|log_q - log_pi| of the policy's own draws, nats: zero if sampler and scorer computed without rounding."""
+    assert fresh.draws.log_q is not None
+    assert fresh.log_pi is not None
+    error = (fresh.draws.log_q - fresh.log_pi).abs().flatten()
+    return {
+        "sampler_error_mean": error.mean().item(),
+        "sampler_error_p99": error.quantile(0.99).item(),
+    }
+
+
+def disagreement(fresh: Pool, sampler_error_mean: float, beta: float) -> str | None:
+    """What to say where sampler and scorer differ by more than a tenth of what the reward is worth in nats.
+
+    Forbidden completions (-inf) have no part in the spread of the rewards, and where that is zero nothing is said.
+    """
+    rewards = fresh.reward[fresh.reward.isfinite()].double()
+    worth = rewards.std().item() / beta if len(rewards) > 1 else 0.0
+    if worth == 0 or sampler_error_mean <= TOLERATED * worth:
+        return None
+    return (
+        f"sampler and scorer differ by {sampler_error_mean:.2g} nats a completion, more than {TOLERATED:g} of the "
+        f"standard deviation of reward / beta ({worth:.2g} nats): part of what is learned is rounding; use dtype "
+        "float32, or a smaller beta"
+    )
