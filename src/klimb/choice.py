@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from klimb.config import Config
-from klimb.methods import Method, method
+from klimb.methods import KL_PENALTIES, METHODS, Method, method, takes_penalty, with_penalty
 from klimb.numbers.advantages import gae_advantage
 from klimb.objectives.clip import clipped
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.generators import divergence
 from klimb.objectives.importance import importance, truncated
+from klimb.objectives.kl_penalty import CELLS
 
 Numbers = Callable[..., Tensor]
 
@@ -66,6 +67,10 @@ def chosen(config: Config) -> Choice:
     if config.importance_cap is not None:
         limit = partial(truncated, cap=config.importance_cap)
         objective = partial(objective, correct=partial(importance, limit=limit))
+    if config.kl_penalty is not None:
+        penalised = with_penalty(replace(row, objective=objective, derived=derived), config.kl_penalty)
+        assert penalised.objective is not None
+        objective, derived = penalised.objective, dict(penalised.derived)
     has_critic = "returns" in derived
     if has_critic:
         derived["token_advantage"] = partial(gae_advantage, lam=config.gae_lambda)
@@ -97,6 +102,12 @@ def refusals(config: Config, row: Method) -> Iterator[str]:
         yield (
             f"importance_cap bounds the weight between sampler and trainer, and {name} has none; leave it out, or use a "
             "method such as ppo or grpo"
+        )
+    if config.kl_penalty is not None and not takes_penalty(row):
+        takers = ", ".join(other for other, its in METHODS.items() if takes_penalty(its))
+        yield (
+            f"kl_penalty {config.kl_penalty}: the KL of {name} is a part of what it makes small; leave it out, or use one of "
+            f"{takers}"
         )
     if fresh and (config.num_replay or config.replay_steps):
         yield (
@@ -135,6 +146,26 @@ def refusals(config: Config, row: Method) -> Iterator[str]:
     of_a_critic = _touched(config, "gae_lambda", "value_learning_rate", "value_clip")
     if of_a_critic and "returns" not in row.derived:
         yield f"{', '.join(of_a_critic)}: {name} has no critic; leave it out, or use method ppo"
+
+
+def caution(config: Config) -> str | None:
+    """What to say of a KL penalty that is none; None where it is right.
+
+    Example:
+        >>> from klimb.config import load
+        >>> words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--method", "dr_grpo"]
+        >>> caution(load(None, [*words, "--kl_penalty", "k2_as_loss"])) is None
+        True
+        >>> caution(load(None, [*words, "--kl_penalty", "k1_as_loss"])).partition(";")[0]
+        'kl_penalty k1_as_loss is wrong: zero, noise that penalises nothing'
+    """
+    if config.kl_penalty is None:
+        return None
+    cell = CELLS[KL_PENALTIES[config.kl_penalty]]
+    if cell.right:
+        return None
+    right = " and ".join(name for name, key in KL_PENALTIES.items() if CELLS[key].right)
+    return f"kl_penalty {config.kl_penalty} is {cell.says}; right are {right}"
 
 
 def fresh_only(row: Method) -> bool:

@@ -42,9 +42,11 @@ def methods_(
     """Print the table of methods: what each knows, makes small, where it stops, and where its claim ends."""
     if ctx.invoked_subcommand is not None:
         return
-    from klimb.methods import METHODS, NOT_PROVIDED, TARGETS
+    from klimb.methods import KL_PENALTIES, METHODS, NOT_PROVIDED, TARGETS
     from klimb.nearest import nearest
+    from klimb.objectives.kl_penalty import CELLS, TRAPS
 
+    penalties = {name: CELLS[key].says for name, key in KL_PENALTIES.items()}
     claims = sorted({row.claim for row in METHODS.values()})
     if claim is not None and claim not in claims:
         raise ValueError(
@@ -59,10 +61,17 @@ def methods_(
         }
     if json_:
         targets = {name: vars(row) for name, row in TARGETS.items()}
-        print(json.dumps({"methods": rows, "targets": targets, "not_provided": dict(NOT_PROVIDED)}, indent=2))
+        found = {
+            "methods": rows,
+            "targets": targets,
+            "kl_penalties": penalties,
+            "not_provided": dict(NOT_PROVIDED),
+        }
+        print(json.dumps(found, indent=2))
         return
     if markdown:
-        print(page(rows, {name: vars(row) for name, row in TARGETS.items()}, NOT_PROVIDED), end="")
+        targets = {name: vars(row) for name, row in TARGETS.items()}
+        print(page(rows, targets, NOT_PROVIDED, penalties, TRAPS), end="")
         return
     if not rows:
         raise ValueError(f"--filter: no row holds {filter_!r}; klimb methods lists all {len(METHODS)}")
@@ -83,6 +92,14 @@ def inspect_(
         str, typer.Option(help="Whose: policy, reference, or other (a law that stays).")
     ] = "policy",
     num_draws: Annotated[int, typer.Option(min=1, max=4, help="Draws a prompt.")] = 3,
+    kl_penalty: Annotated[
+        str | None,
+        typer.Option(
+            "--kl_penalty",
+            "--kl-penalty",
+            help="How KL is charged (rloo, grpo, ...): k1_in_reward, k2_as_loss, ...",
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Find where an objective stops, how far that is from the target, and its bias and noise: exactly, by summation.
@@ -98,7 +115,7 @@ def inspect_(
         raise ValueError(
             f"--beta: got {beta:g}, expected a positive number: without a price on KL there is no target"
         )
-    objective, derived = _objective(method)
+    objective, derived = _objective(method, kl_penalty)
     from klimb.exact.linter import inspect, toy, verdict
 
     at = toy(beta=beta)
@@ -116,12 +133,18 @@ def inspect_(
     _tell(method, found, said, [ids.tolist() for ids in at.space.completions], at.reward.tolist())
 
 
-def _objective(method: str) -> tuple[Callable[..., Any], Mapping[str, Callable[..., Any]]]:
+def _objective(
+    method: str, kl_penalty: str | None
+) -> tuple[Callable[..., Any], Mapping[str, Callable[..., Any]]]:
     if ":" in method or method.endswith(".py"):
         from klimb.rewards.load import load_function
 
+        if kl_penalty is not None:
+            raise ValueError(
+                f"--kl_penalty is for methods of the table; {method} is your own and has its KL inside"
+            )
         return load_function(method), {}
-    from klimb.methods import NOT_PROVIDED
+    from klimb.methods import NOT_PROVIDED, with_penalty
     from klimb.methods import method as row_of
 
     if method in NOT_PROVIDED:
@@ -129,6 +152,9 @@ def _objective(method: str) -> tuple[Callable[..., Any], Mapping[str, Callable[.
     row = row_of(method)
     if row.objective is None:
         raise ValueError(f"{method}: it draws and trains nothing, so there is no objective to inspect")
+    if kl_penalty is not None:
+        row = with_penalty(row, kl_penalty)
+        assert row.objective is not None
     return row.objective, row.derived
 
 
@@ -136,8 +162,10 @@ def page(
     rows: Mapping[str, Mapping[str, object]],
     targets: Mapping[str, Mapping[str, object]],
     not_provided: Mapping[str, str],
+    penalties: Mapping[str, str],
+    traps: Mapping[str, str],
 ) -> str:
-    """docs/methods.md: the tables, a row a method and a row a target."""
+    """docs/methods.md: the tables, a row a method, a target and a KL penalty."""
     columns = {
         "knows": "knows of the target",
         "divergence": "makes small",
@@ -170,6 +198,20 @@ def page(
         "| target | maximises | law, up to Z | caveat | source |",
         "|---|---|---|---|---|",
         *(cells(f"`{name}`", *row.values()) for name, row in targets.items()),
+        "",
+        "## How KL is charged",
+        "",
+        "For `rloo`, `grpo`, `dr_grpo`, `dapo`, `gspo`, `cispo` it is a choice (`kl_penalty`): an estimator (k1 = log pi/ref, k2 its half",
+        "square, k3 = ref/pi - 1 - log ref/pi), in the reward or as a loss. As values k1 and k3 are right; their gradients are another matter:",
+        "",
+        "| `kl_penalty` | its expected gradient |",
+        "|---|---|",
+        *(cells(f"`{name}`", says) for name, says in penalties.items()),
+        "",
+        "That is beside `rloo`'s advantage. A group-centred one (`dr_grpo`) gives (G - 1) / G of the reward's gradient, so a loss beside it",
+        "counts as beta G / (G - 1); one divided by the group's deviation (`grpo`, `dapo`, ...) prices each prompt's KL differently. Token by token:",
+        "",
+        *(f"- {what}: {says}" for what, says in traps.items()),
         "",
         "## Not rows of their own",
         "",

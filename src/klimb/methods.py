@@ -30,9 +30,11 @@ from klimb.objectives.bind import lacking, name_of, wanted
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
 from klimb.objectives.generators import FAMILIES, divergence
+from klimb.objectives.kl_penalty import CELLS, ESTIMATORS
 from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sft
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.path_consistency import path_consistency
+from klimb.objectives.penalised import penalised
 from klimb.objectives.reverse_kl import reverse_kl
 from klimb.objectives.squared import length_normalised_balance, pmd_mean, trajectory_balance
 from klimb.objectives.surrogate import cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo
@@ -417,6 +419,62 @@ def method(name: str) -> Method:
     divergence(name)
     like = next(row for other, row in METHODS.items() if other.startswith(f"{stem}("))
     return replace(like, objective=partial(f_divergence, f=name, baseline=None))
+
+
+KL_PENALTIES = {
+    f"{name}_{how}": (name, use)
+    for how, use in (("in_reward", "reward"), ("as_loss", "loss"))
+    for name in ESTIMATORS
+}
+"""how a policy gradient of the reward can be charged for KL -> its cell of the table of `klimb.objectives.kl_penalty`"""
+
+
+def takes_penalty(row: Method) -> bool:
+    """True if the KL penalty of a row is a choice: a surrogate with one advantage a completion.
+
+    Example:
+        >>> [name for name, row in METHODS.items() if takes_penalty(row)]
+        ['rloo', 'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo']
+    """
+    return "advantage" in row.derived
+
+
+def with_penalty(row: Method, choice: str) -> Method:
+    """The row with this KL penalty in the place of its own, if it had one, and what that optimises as its caveat.
+
+    Args:
+        row: one that `takes_penalty`.
+        choice: k1_in_reward, k2_as_loss, ...
+
+    Raises:
+        ValueError: the row takes none, or there is no such penalty.
+
+    Example:
+        >>> with_penalty(METHODS["dr_grpo"], "k1_as_loss").caveat
+        'k1_as_loss: wrong: zero, noise that penalises nothing'
+    """
+    if choice not in KL_PENALTIES:
+        raise ValueError(
+            f"got kl_penalty {choice!r}{nearest(choice, KL_PENALTIES)}, expected one of {', '.join(KL_PENALTIES)}"
+        )
+    if not takes_penalty(row):
+        takers = ", ".join(name for name, other in METHODS.items() if takes_penalty(other))
+        raise ValueError(
+            f"kl_penalty {choice}: this method has its KL elsewhere; leave it out, or use one of {takers}"
+        )
+    name, use = KL_PENALTIES[choice]
+    assert row.objective is not None
+    estimator, own = ESTIMATORS[name], partial(row.objective, penalty=None)
+    derived = {what: function for what, function in row.derived.items() if what != "reward"}
+    if use == "reward":
+        derived = {"reward": partial(reward_less_kl, estimator=estimator), **derived}
+    return replace(
+        row,
+        divergence=f"{row.divergence}; KL to the reference as {choice}",
+        caveat=f"{choice}: {CELLS[name, use].says}",
+        objective=own if use == "reward" else partial(penalised, surrogate=own, estimator=estimator),
+        derived=derived,
+    )
 
 
 def working_with(known: Collection[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from klimb import store
 from klimb.aim import aimed_at
 from klimb.checkpoint import Moving, restore, saved
-from klimb.choice import chosen
+from klimb.choice import caution, chosen
 from klimb.config import Config
 from klimb.data import Example, Pool, Target
 from klimb.learn import Recipe
@@ -89,6 +89,8 @@ def trained(
         state=state,
         generator=moving.generator,
     )
+    if (said := caution(config)) is not None:
+        watch.event("warning", said)
     watch.event("train", {"step": state.step, "max_steps": config.max_steps})
     evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
     rewards: set[float] = set()

@@ -18,7 +18,9 @@ from klimb.exact import (
 )
 from klimb.exact.tabular import table_of
 from klimb.exact.truth import normalise, tilt
+from klimb.methods import KL_PENALTIES, METHODS, with_penalty
 from klimb.objectives.aggregate import sum_tokens
+from klimb.objectives.bind import bind
 from klimb.objectives.kl_penalty import (
     CELLS,
     TRAPS,
@@ -39,6 +41,7 @@ SPACE = all_strings(3, 3)
 GENERATOR = torch.Generator().manual_seed(60)
 REF, THETA, OTHER = (random_logits(SPACE.num_prefixes, 3, generator=GENERATOR) for _ in range(3))
 LOG_REF = log_prob(REF, SPACE)
+REWARD = torch.randn(SPACE.size, generator=GENERATOR, dtype=torch.float64)
 ON, OFF = log_prob(THETA, SPACE), log_prob(OTHER, SPACE)
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
@@ -116,6 +119,38 @@ def test_every_cell_optimises_what_it_says(name, use, law, reverse, forward):
     assert (error(slope, reverse) < 1e-8) == says.right
     assert says.right or error(slope, reverse) > 1e-2
     assert ("wrong" in says.says) != says.right
+
+
+@pytest.mark.parametrize("choice", KL_PENALTIES)
+def test_a_method_with_that_penalty_has_the_gradient_of_the_reward_less_its_cell(choice, reverse, forward):
+    """rloo with each penalty: what training computes, in expectation over all pairs of draws."""
+    row, beta = with_penalty(METHODS["rloo"], choice), 0.5
+    says = CELLS[KL_PENALTIES[choice]]
+
+    def method(_, log_pi, tokens, y):
+        now = packed(tokens, y)
+        places, lengths = layout(y)
+        numbers = {
+            "token_log_pi": now,
+            "token_log_old": now.detach(),
+            "log_pi": log_pi[y],
+            "log_old": log_pi[y].detach(),
+            "log_ref": LOG_REF[y],
+            "reward": REWARD[y],
+            "row": places,
+            "lengths": lengths,
+            "beta": beta,
+        }
+        for name, function in row.derived.items():
+            numbers[name] = function(**bind(function, numbers))
+        return row.objective(**bind(row.objective, numbers))
+
+    _, slope = gradient(method, ON, num_draws=2)
+    theta = THETA.clone().requires_grad_()
+    (gain,) = torch.autograd.grad((log_prob(theta, SPACE).exp() * REWARD).sum(), theta)
+    if says.reverse is not None:
+        assert error(slope + gain, beta * (says.reverse * reverse + says.forward * forward)) < 1e-7
+    assert (error(slope + gain, beta * reverse) < 1e-7) == says.right
 
 
 def test_the_table_is_complete():

@@ -101,6 +101,12 @@ CASES = [
         ["log_z_learning_rate", "log_z is plan", "log_z learned"],
     ),
     (
+        "a penalty nobody has",
+        {"method": "grpo", "kl_penalty": "k4_as_loss"},
+        None,
+        ["kl_penalty", "k4_as_loss", "k3_as_loss"],
+    ),
+    (
         "a controller for a method of one beta",
         {"kl_target": 0.5, "method": "jensen_shannon"},
         None,

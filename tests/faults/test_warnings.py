@@ -69,6 +69,17 @@ def test_the_line_is_a_tenth_of_the_spread_of_the_reward_in_nats():
     assert disagreement(flat, 9.0, 0.5) is disagreement(forbidden, 9.0, 0.5) is None
 
 
+# A KL penalty that is none.
+
+
+@pytest.mark.parametrize(("penalty", "warned"), [("k2_as_loss", 0), ("k3_as_loss", 1)])
+def test_a_penalty_of_another_gradient_is_told_of(tiny_run, options, penalty, warned):
+    changes = {"method": "dr_grpo", "num_replay": 0, "kl_penalty": penalty, "max_steps": 1}
+    warnings = trained(load(None, options({**tiny_run, **changes})))
+    assert len(warnings) == warned
+    assert all("wrong direction" in text and "k1_in_reward and k2_as_loss" in text for text in warnings)
+
+
 # Draws of unknown support.
 
 

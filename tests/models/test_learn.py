@@ -73,7 +73,7 @@ def gap(policy, reference):
 
 
 def climbed(
-    policies, method, *, max_steps=12, lr=0.01, critic=None, running=None, seed=1, objective=None, **options
+    policies, method, *, max_steps=12, lr=0.01, running=None, seed=1, objective=None, derived=None, **options
 ):
     policy, reference = policies
     words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--method", method]
@@ -86,7 +86,10 @@ def climbed(
         tilt(reference, brevity, BETA),
         partial(ancestral, max_completion_length=2),
         Recipe(
-            objective or choice.objective, choice.derived, in_nats=choice.in_nats, critic=critic, **options
+            objective or choice.objective,
+            choice.derived if derived is None else derived,
+            in_nats=choice.in_nats,
+            **options,
         ),
         torch.optim.Adam(policy.trainable, lr=lr),
         max_steps=max_steps,
@@ -149,6 +152,16 @@ def test_without_log_z_the_message_names_every_method_that_runs_without_it_and_n
         else:
             assert advised(policies, name, knows_law=True) == named
     assert "jensen_shannon" in working_with(["log_target", "log_q", "log_z"])
+
+
+@pytest.mark.parametrize("penalty", ["k1_in_reward", "k2_as_loss", "k1_as_loss"])
+def test_a_price_on_kl_brings_dr_grpo_to_a_target(policies, penalty):
+    """Without a price it ends on the best completion; k1 as a loss is no price at all."""
+    before = gap(*policies)
+    words = ["--dataset_name", "a.jsonl", "--reward_funcs", "math:hypot", "--num_replay", "0"]
+    choice = chosen(load(None, [*words, "--method", "dr_grpo", "--kl_penalty", penalty]))
+    climbed(policies, "dr_grpo", objective=choice.objective, derived=choice.derived, max_steps=20)
+    assert (gap(*policies) < 0.6 * before) == (penalty != "k1_as_loss")
 
 
 def mean_reward(policy, reference):
@@ -271,6 +284,11 @@ def test_the_configuration_knows_the_table():
     [
         ({"method": "ppo", "num_replay": 4}, "learns from fresh draws alone"),
         ({"method": "forward_kl", "clip": 3}, "has none"),
+        ({"method": "ppo", "num_replay": 0, "kl_penalty": "k2_as_loss"}, "use one of rloo, grpo"),
+        (
+            {"method": "log_variance", "kl_penalty": "k2_as_loss"},
+            "kl_penalty k2_as_loss: the KL of log_variance",
+        ),
         ({"method": "alpha(1)"}, "alpha: got 1.0"),
         ({"method": "skew_kl(2)"}, "skew_kl"),
         ({"method": "ppo", "num_replay": 0, "clip": 3}, "has none"),

@@ -245,6 +245,11 @@ class Config(BaseModel):
     """weights between sampler and trainer are cut here (ppo, grpo, ...); left out: the sampler is believed"""
     kl_stop: Positive | None = None
     """nats from the policy that drew at which a batch is left; left out: never"""
+    kl_penalty: (
+        Literal["k1_in_reward", "k2_in_reward", "k3_in_reward", "k1_as_loss", "k2_as_loss", "k3_as_loss"]
+        | None
+    ) = None
+    """how KL is charged (rloo, grpo, dr_grpo, ...): k1_in_reward and k2_as_loss are right; left out: the method's own way"""
     kl_target: Positive | None = None
     """nats at which beta, from the one given or planned on, follows to hold KL(policy||reference); left out: beta stays"""
     kl_horizon: Positive = 1000.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from klimb.numbers.baselines import leave_one_out
+from klimb.objectives.kl_penalty import Estimator, k1, kl_reward
 
 
 def leave_one_out_advantage(reward: Tensor) -> Tensor:
@@ -158,10 +159,12 @@ def whiten(x: Tensor, *, shift_mean: bool = True, epsilon: float = 1e-8) -> Tens
     return white if shift_mean else white + mean
 
 
-def reward_less_kl(reward: Tensor, log_old: Tensor, log_ref: Tensor, beta: Tensor | float) -> Tensor:
+def reward_less_kl(
+    reward: Tensor, log_old: Tensor, log_ref: Tensor, beta: Tensor | float, *, estimator: Estimator = k1
+) -> Tensor:
     """The reward with the KL penalty in it, by k1 of the whole completion.
 
-    R = r - beta (log old - log ref)
+    R = r - beta k(log old - log ref)
 
     Its mean under `old` is E[r] - beta KL(old||ref), unbiased, and at old = p it is the constant beta log Z: what is
     left of a draw after a baseline is then exactly nothing.
@@ -171,6 +174,7 @@ def reward_less_kl(reward: Tensor, log_old: Tensor, log_ref: Tensor, beta: Tenso
         log_old: [P, G] log-probability under the policy that drew, nats.
         log_ref: [P, G] under the reference, nats.
         beta: units of reward per nat.
+        estimator: k1; k2 and k3 penalise something else (`klimb.objectives.kl_penalty.CELLS`).
 
     Returns:
         [P, G] units of reward.
@@ -181,7 +185,7 @@ def reward_less_kl(reward: Tensor, log_old: Tensor, log_ref: Tensor, beta: Tenso
 
     Source: Ziegler et al., 2019, "Fine-tuning language models from human preferences".
     """
-    return (reward - beta * (log_old - log_ref)).detach()
+    return (reward + kl_reward(log_old, log_ref, beta=beta, estimator=estimator)).detach()
 
 
 def token_reward(

@@ -102,6 +102,8 @@ CELLS: Mapping[tuple[str, str], Cell] = {
 }
 """(estimator, use) -> what it optimises, at sequence level; "weighted loss" is a loss with the weight differentiated"""
 
+ESTIMATORS: Mapping[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
+
 TRAPS: Mapping[str, str] = {
     "k1 of a token as that token's reward alone": "leaves out what a token does to the KL of later ones; give each "
     "token the KL to go, or the whole completion's",
@@ -183,7 +185,7 @@ def kl_loss(
     return (weight(log_pi, log_q) * estimator(log_pi - log_ref.detach())).mean(1)
 
 
-def kl_reward(log_pi: Tensor, log_ref: Tensor, *, beta: float, estimator: Estimator = k1) -> Tensor:
+def kl_reward(log_pi: Tensor, log_ref: Tensor, *, beta: Tensor | float, estimator: Estimator = k1) -> Tensor:
     r"""A KL penalty to be added to a reward: -beta times the estimator, detached.
 
     $$ -\beta\, k(\log\pi - \log\text{ref}) $$
