@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.profiler import record_function
 
 from klimb.backward import Passed
 from klimb.data import Draws, Example, Pool, Sampler, Target, select_pool, stack_pools
@@ -114,9 +115,11 @@ def fresh_pool(
 ) -> tuple[Pool, dict[str, float]]:
     """Fresh draws with their rewards and reference log-probabilities, and the seconds each took."""
     start = time.perf_counter()
-    draws = sampler(policy, batch, num_draws, generator=generator)
+    with record_function("klimb:draw"):
+        draws = sampler(policy, batch, num_draws, generator=generator)
     drawn = time.perf_counter()
-    pool = scored_pool(draws, target)
+    with record_function("klimb:score"):
+        pool = scored_pool(draws, target)
     return pool, {"draw": drawn - start, "score": time.perf_counter() - drawn}
 
 

@@ -37,6 +37,10 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML fi
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Say where time and memory of a step went: profile.json, trace.json.gz."),
+]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, nothing else there.")]
 Policy = Annotated[Path | None, typer.Option(help="Folder of a trained policy; left out: RUN/policy.")]
 
@@ -60,12 +64,17 @@ def plan_train_climb_(
     config: ConfigFile = None,
     resume: Resume = None,
     dry_run: DryRun = False,
+    profile: Profile = False,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """One command under three names: they take the same options and differ in which function of `klimb.run` they call."""
     name = ctx.command.name
     assert name is not None
+    if profile and name == "plan":
+        raise ValueError(
+            "plan: got --profile, which looks at the steps of a training; use it with train or climb"
+        )
     settings = _settings(ctx.args, config, resume)
     if dry_run:
         return _print_config(settings)
@@ -78,7 +87,9 @@ def plan_train_climb_(
 
         verb = {"plan": run.run_plan, "train": run.run_train, "climb": run.climb}[name]
         try:
-            outcome = verb(settings, resume=resume is not None, watch=watch)
+            outcome = verb(
+                settings, resume=resume is not None, watch=watch, **({"profile": True} if profile else {})
+            )
         except KeyboardInterrupt:
             stopped = settings.output_dir
     if stopped is None and outcome.interrupted:
@@ -90,7 +101,7 @@ def plan_train_climb_(
             file=sys.stderr,
         )
         raise typer.Exit(130)
-    record = {
+    record: dict[str, Any] = {
         "run": str(outcome.path),
         "beta": outcome.beta,
         "step": outcome.step,
@@ -98,6 +109,8 @@ def plan_train_climb_(
         "measure": outcome.measurement,
         "report": None if outcome.report is None else str(outcome.report),
     }
+    if profile:
+        record["profile"] = outcome.profile
     _result(record, json_, lambda: screen.outcome(record))
 
 

@@ -55,7 +55,16 @@ def step_record(step: Step) -> dict[str, Any]:
         **{name: estimate.as_dict() for name, estimate in step.estimates.items()},
         **step.numbers,
         "seconds": step.seconds,
+        "tokens_per_second": rates(step),
     }
+
+
+def rates(step: Step) -> dict[str, float]:
+    """Completion tokens a second: fresh ones while drawing, and those learned from, kept ones too, while updating."""
+    found = (
+        {} if step.fresh is None else {"drawn": int(step.fresh.draws.lengths.sum()) / step.seconds["draw"]}
+    )
+    return {**found, "trained": step.numbers["tokens"] / step.seconds["update"]}
 
 
 def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str, Any]:

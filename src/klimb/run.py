@@ -50,6 +50,7 @@ class Outcome:
         measurement: what measure.json holds, or None.
         step: optimizer steps done.
         report: report.html, if there is one.
+        profile: what profile.json holds, or None.
         interrupted: it was asked to stop before its end.
     """
 
@@ -59,6 +60,7 @@ class Outcome:
     measurement: Mapping[str, Any] | None = None
     step: int = 0
     report: Path | None = None
+    profile: Mapping[str, Any] | None = None
     interrupted: bool = False
 
 
@@ -70,23 +72,29 @@ def run_plan(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) 
     return _run(config, ("plan",), resume, watch)
 
 
-def run_train(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
+def run_train(
+    config: Config, *, resume: bool = False, watch: Watch = UNWATCHED, profile: bool = False
+) -> Outcome:
     """Plan if that is needed, and train. Arguments and errors as `climb`."""
-    return _run(config, ("plan", "train") if config.needs_plan else ("train",), resume, watch)
+    return _run(config, ("plan", "train") if config.needs_plan else ("train",), resume, watch, profile)
 
 
-def climb(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
+def climb(
+    config: Config, *, resume: bool = False, watch: Watch = UNWATCHED, profile: bool = False
+) -> Outcome:
     """Plan, train, measure and report; the model is loaded once.
 
     Args:
         config: the configuration; `output_dir` is where everything is written.
         resume: go on with the run that is there.
         watch: who looks on.
+        profile: look at one or two steps of the training with torch's profiler: profile.json and trace.json.gz say
+            where time and memory went. The numbers of the run are the same.
 
     Raises:
         ValueError: for whatever cannot be done, before anything is written; what was begun because of it is removed.
     """
-    return _run(config, VERBS, resume, watch)
+    return _run(config, VERBS, resume, watch, profile)
 
 
 def run_measure(
@@ -233,7 +241,7 @@ def write_samples(output_dir: Path, samples: Samples) -> dict[str, Any]:
     }
 
 
-def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Outcome:
+def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profile: bool = False) -> Outcome:
     path = Path(config.output_dir)
     if not resume:
         store.check_free(path)
@@ -277,9 +285,14 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch) -> Ou
             told.event("plan", outcome.plan)
         if "train" in verbs:
             assert outcome.beta is not None
-            reached, stopped = trained(loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=told)
+            done = trained(
+                loaded, path, pool=pool, beta=outcome.beta, resume=resume, watch=told, profile=profile
+            )
+            reached = done.state
             unfinished = reached.step < config.max_steps or "measure" in verbs
-            outcome = replace(outcome, step=reached.step, interrupted=stopped and unfinished)
+            outcome = replace(
+                outcome, step=reached.step, profile=done.profile, interrupted=done.stopped and unfinished
+            )
             if reached.beta is not None and reached.step == config.max_steps:
                 outcome = replace(
                     outcome, beta=reached.beta, plan=replanned(loaded, path, pool, reached.beta)

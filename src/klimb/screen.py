@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from klimb.screen_profile import profile
 from klimb.watch import Watch
 
 EVERY = 5.0
@@ -152,14 +153,14 @@ def estimate(record: Mapping[str, Any] | None) -> str:
 
 
 def outcome(record: Mapping[str, Any]) -> RenderableType:
-    """The panel at the end of plan, train and climb."""
-    if record["measure"] is not None:
-        found = _measured(record["measure"], record["plan"])
-        return Panel(Group(found, *_places(record)), title="klimb", expand=False)
+    """The panel at the end of plan, train and climb, and below it the profile, if one was asked for."""
     parts: list[RenderableType] = []
-    if record["plan"] is not None:
+    if record["measure"] is not None:
+        parts.append(_measured(record["measure"], record["plan"]))
+    elif record["plan"] is not None:
         parts.append(_planned(record["plan"]))
-    return Panel(Group(*parts, *_places(record)), title="klimb", expand=False)
+    panel = Panel(Group(*parts, *_places(record)), title="klimb", expand=False)
+    return Group(panel, profile(record["profile"], record["run"])) if "profile" in record else panel
 
 
 def measurement(record: Mapping[str, Any]) -> RenderableType:
@@ -241,6 +242,11 @@ def _plan_line(record: Mapping[str, Any]) -> str:
 
 
 def _step(record: Mapping[str, Any]) -> str:
+    rates = ", ".join(f"{rate:.0f} {name}" for name, rate in record["tokens_per_second"].items())
+    return f"{_found(record)}  tokens/s: {rates}"
+
+
+def _found(record: Mapping[str, Any]) -> str:
     if "reward" not in record:
         spread = record.get("residual_std")
         return "replayed" if spread is None else f"residual sd {spread:.2f} nats"

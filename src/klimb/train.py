@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from klimb.backward import known_numbers
 from klimb.batch import fresh_batch, fresh_pool, next_prompts, with_log_pi
@@ -108,18 +109,19 @@ def train(
 
         clock = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
-        passed, moved = learn(
-            policy,
-            pool.draws,
-            known,
-            recipe,
-            optimizer,
-            num_fresh=num_draws if fresh is not None and fresh.draws.own_law else 0,
-            generator=generator,
-            step=state.step + 1,
-        )
-        if scheduler is not None:
-            scheduler.step()
+        with record_function("klimb:update"):
+            passed, moved = learn(
+                policy,
+                pool.draws,
+                known,
+                recipe,
+                optimizer,
+                num_fresh=num_draws if fresh is not None and fresh.draws.own_law else 0,
+                generator=generator,
+                step=state.step + 1,
+            )
+            if scheduler is not None:
+                scheduler.step()
         seconds["update"] = time.perf_counter() - clock
 
         if isinstance(own_log_z, LearnedLogZ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from klimb.models.critic import Critic
 from klimb.models.families import save_policy
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
 from klimb.plan import draw_pool
+from klimb.profile import Seen, looked_at, memory_used, steps_to_look_at, write_profile
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
 from klimb.steps import Step, TrainState
@@ -34,10 +36,32 @@ PATIENCE = 5
 """steps after which a reward that never changed is called useless"""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How far a training came.
+
+    Attributes:
+        state: what a next step would need; its `step` counts those before a resume too.
+        stopped: it was asked to stop.
+        profile: what profile.json holds, where that was asked for and a step was looked at.
+    """
+
+    state: TrainState
+    stopped: bool
+    profile: Mapping[str, Any] | None = None
+
+
 def trained(
-    loaded: Loaded, path: Path, *, pool: Pool | None, beta: float, resume: bool, watch: Watch
-) -> tuple[TrainState, bool]:
-    """Train, from the newest checkpoint if there is one; (how far it got, whether it was asked to stop).
+    loaded: Loaded,
+    path: Path,
+    *,
+    pool: Pool | None,
+    beta: float,
+    resume: bool,
+    watch: Watch,
+    profile: bool = False,
+) -> Trained:
+    """Train, from the newest checkpoint if there is one.
 
     Args:
         loaded: what the configuration names; its policy is trained.
@@ -46,6 +70,7 @@ def trained(
         beta: reward per nat.
         resume: go on from the newest checkpoint that is valid.
         watch: who looks on.
+        profile: whether profile.json and trace.json.gz are to be written; the numbers are the same.
 
     Raises:
         ValueError: no checkpoint is valid, one is of other weights, or the disk is full.
@@ -91,6 +116,10 @@ def trained(
     )
     if (said := caution(config)) is not None:
         watch.event("warning", said)
+    seen = Seen()
+    if profile:
+        which = steps_to_look_at(state.step, config.max_steps, replay_steps=config.replay_steps)
+        steps = looked_at(steps, which, seen, first=state.step, device=loaded.policy.device)
     watch.event("train", {"step": state.step, "max_steps": config.max_steps})
     evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
     rewards: set[float] = set()
@@ -120,12 +149,20 @@ def trained(
             )
             watch.event("checkpoint", {"step": step.step})
         if stopped and step.step < config.max_steps:
-            return state, True
+            return Trained(state, stopped=True, profile=_profiled(seen, path, loaded, moving))
     write_out(moving.result, moving.parameters)  # from here on the policy is what was averaged
     store.write_directory_whole(path / "policy", partial(save_policy, loaded.policy))
     stopped = stopped or watch.stop()
     watch.event("trained", {"step": state.step})
-    return state, stopped
+    return Trained(state, stopped, _profiled(seen, path, loaded, moving))
+
+
+def _profiled(seen: Seen, path: Path, loaded: Loaded, moving: Moving) -> dict[str, Any] | None:
+    """Write down what a profiler saw, if it saw a step to its end; what profile.json holds."""
+    if not seen.spans:
+        return None
+    weights = [w for who in (loaded.policy, loaded.reference) for w in who.model.parameters()]
+    return write_profile(path, seen, memory_used(weights, moving.optimizer))
 
 
 def _moving(loaded: Loaded) -> Moving:

@@ -18,18 +18,18 @@ SOURCE = Path(klimb.__file__).parent
 FLOORS = [  # from the bottom
     {"numbers", "objectives"},
     {"exact"},
-    {"data", "nearest"},
+    {"data", "nearest", "spans"},
     {"models", "samplers", "rewards", "target"},
     {"methods", "backward"},
     {"learn", "log_z"},
     {"batch", "steps"},
     {"plan", "train", "measure", "sample", "climb"},
     {"report", "store", "config", "dataset"},
-    {"trackers", "records", "checkpoint", "watch"},
+    {"trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
     {"training", "planning"},
     {"run", "problems"},
-    {"screen", "screen_derive"},
+    {"screen", "screen_derive", "screen_profile"},
     {"cli", "cli_methods", "cli_derive", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

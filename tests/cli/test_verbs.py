@@ -63,7 +63,8 @@ def test_a_plans_pool_is_used_again_and_no_verb_disturbs_another(klimb, tiny_run
     assert klimb("train", "-q", *options(again))[0] == 0
     assert klimb("train", "-q", *options(fresh))[0] == 0
     a, b = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("again", "fresh"))
-    assert [{**r, "seconds": 0} for r in a] == [{**r, "seconds": 0} for r in b]
+    timings = {"seconds": 0, "tokens_per_second": 0}
+    assert [r | timings for r in a] == [r | timings for r in b]
     pools = [read_draws(tmp_path / name / "draws/plan.parquet") for name in ("run", "again")]
     assert pools[0].reward.equal(pools[1].reward)
 
@@ -136,15 +137,39 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(klimb, tin
     assert not (tmp_path / "run").exists()
 
 
-def test_help_loads_neither_torch_nor_transformers():
-    code = "import sys, klimb.cli; print(sorted({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
-    config = "import sys, klimb.config; print('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", config], capture_output=True, text=True, check=True).stdout
-        == "False\n"
-    )
+SLOW = {"torch", "transformers", "peft", "datasets", "pydantic", "numpy", "scipy", "pandas", "altair"}
+"""what takes from a tenth of a second to several to import"""
+
+
+def slow_ones(statements):
+    """Which of SLOW a fresh interpreter holds after some statements."""
+    code = f"import sys\n{statements}\nprint('\\nloaded', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return SLOW & set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["climb", "--help"], ["train", "--help"], ["derive", "--help"]]
+)
+def test_help_loads_nothing_slow(arguments):
+    call = f"from klimb.cli import main\ntry: main({arguments})\nexcept SystemExit as ended: assert not ended.code"
+    # typer itself asks pydantic, if it is there, how to read the options of a command
+    assert slow_ones(call) - {"pydantic"} == set()
+    assert arguments != ["--help"] or slow_ones(call) == set()
+
+
+def test_what_is_loaded_before_it_is_needed():
+    assert slow_ones("import klimb") == set()
+    assert not slow_ones("import klimb.config") & {"torch", "transformers", "datasets"}
+    assert not slow_ones("import klimb.train, klimb.plan, klimb.measure") & {
+        "peft",
+        "datasets",
+        "pandas",
+        "altair",
+    }
+    assert slow_ones("import klimb.train") >= {
+        "torch"
+    }  # the list above is one of names that are there to be found
 
 
 def test_small_commands(klimb):

@@ -339,6 +339,7 @@ def test_measure_and_sample_refuse_what_they_cannot_do(klimb, tiny_run, options,
     refused(klimb("measure", planned), ["run/policy", "no such folder"])
     refused(klimb("measure", tmp_path / "nothing"), ["holds no run"])
     refused(klimb("measure"), ["dataset_name is missing"])
+    refused(klimb("plan", "--profile"), ["--profile", "steps of a training", "train or climb"])
     refused(klimb("sample", planned, "--method", "rejection"), ["bound"])
     refused(klimb("sample", planned, "--method", "gibbs"), ["gibbs", "best_of"])
     refused(klimb("sample", planned, "--method", "rejection", "--bound", "0.1"), ["the bound 0.1 is not one"])

@@ -87,7 +87,9 @@ def config(settings, tmp_path):
 
 
 def steps_of(run):
-    return [{**record, "seconds": None} for record in read_jsonl(run / "metrics.jsonl")]
+    return [
+        {**record, "seconds": None, "tokens_per_second": None} for record in read_jsonl(run / "metrics.jsonl")
+    ]
 
 
 def everything(run):
