@@ -16,7 +16,7 @@ from klimb.numbers.certificate import Certificate, certificate
 from klimb.numbers.diagnose import Diagnosis, diagnose
 from klimb.numbers.frontier import default_betas, frontier
 from klimb.plan import Progress, draw_pool, prompts_at_once, silent
-from klimb.target import own_reward
+from klimb.target import ChiSquaredTarget, StandardizedTarget, own_reward
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure(
     Args:
         examples: held-out prompts.
         policy: the policy to be measured.
-        target: the best policy it is measured against; not `standardized`, whose reward differs between the two pools.
+        target: the best policy it is measured against; not `standardized` or `chi_squared`, whose law the draws at hand fix.
         sampler: must draw from a policy itself (temperature 1, no top-p).
         num_draws: from each of the two, a prompt.
         generator: of draws and of bootstrap resamples.
@@ -86,7 +86,12 @@ def certify(
     reference_pool: Pool | None = None,
     progress: Progress = silent,
 ) -> tuple[Certificate, Pool, Pool]:
-    """The certificate alone, and the draws of policy and reference that it rests on. Arguments as `measure`."""
+    """The certificate alone, and the draws of policy and reference that it rests on. Arguments and errors as `measure`."""
+    if isinstance(target, StandardizedTarget | ChiSquaredTarget):
+        raise ValueError(
+            f"measure: got a {type(target).__name__}, whose law is fixed by the draws at hand, and those of policy and reference "
+            "differ; expected a target with one reward for all draws, such as a tilt (of r / sd, or at beta sd)"
+        )
     if reference_pool is None:
         reference_pool = draw_pool(
             examples,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from klimb.aim import aimed_at
+from klimb.config import EntropyBonus, LengthNormalized
+from klimb.data import Pool
 from klimb.exact import check
 from klimb.exact.derivation import values_at
 from klimb.exact.problem import Problem, check_beta, check_policy, law, pad, padded, problem
 from klimb.store import StoredDraws, draws_path, read_draws, read_json
+from klimb.target import own_reward
 
 KEYS = ("ref", "reward", "target", "policy")
 
@@ -151,6 +155,7 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
     measured, planned = run / "measure.json", run / "plan.json"
     stored: list[StoredDraws] = []
     record: dict[str, Any] = {}
+    plan: dict[str, Any] = {}
     if measured.is_file() and draws_path(run, "measure").is_file():
         record = read_json(measured)
         names = [name for name in ("measure", "measure-reference") if draws_path(run, name).is_file()]
@@ -160,7 +165,8 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
         names, chosen = ["plan"], plan["beta"]["value"]
     else:
         raise ValueError(f"{run}: holds neither measured nor planned draws; run klimb measure {run} first")
-    stored = [read_draws(draws_path(run, name)) for name in names]
+    aim = (record or plan).get("target")
+    stored = [_of_the_target(read_draws(draws_path(run, name)), aim) for name in names]
     beta = chosen if beta is None else beta
     check_beta(beta)
     same = beta == chosen  # what was measured was measured at the run's own beta
@@ -186,6 +192,18 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
         "estimates": _estimates(record, beta) if record and same else None,
     }
     return Given(padded(log_ref, reward, beta), log_pi, f"the draws of {run}", about)
+
+
+def _of_the_target(stored: StoredDraws, chosen: Mapping[str, Any] | None) -> StoredDraws:
+    """The draws with the target's own reward, which with that target's beta makes it a plain tilt."""
+    kinds: dict[str, Any] = {"entropy_bonus": EntropyBonus, "length_normalized": LengthNormalized}
+    kind = kinds.get((chosen or {}).get("kind", "tilt"))
+    log_ref = stored.draws.log_q if stored.log_ref is None else stored.log_ref
+    if kind is None or chosen is None or stored.reward is None or log_ref is None:
+        return stored
+    known: Any = None  # of policy and reward nothing is asked
+    target = aimed_at(kind(**{n: chosen[n] for n in kind.model_fields}), known, known, 1.0)
+    return replace(stored, reward=own_reward(target, Pool(stored.draws, stored.reward, log_ref)))
 
 
 def _distinct(stored: Sequence[StoredDraws], run: Path, *, with_policy: bool) -> list[tuple[Tensor, ...]]:

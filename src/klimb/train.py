@@ -23,8 +23,10 @@ from klimb.batch import fresh_batch, fresh_pool, next_prompts, with_log_pi
 from klimb.data import Example, Pool, Sampler, Target, join_pools
 from klimb.learn import Recipe, learn
 from klimb.log_z import LearnedLogZ, learn_log_z, used_and_moved
+from klimb.methods import OF_THE_DRAWING_LAW, working_with
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.kl_control import adapted_beta
+from klimb.objectives.bind import name_of, wanted
 from klimb.steps import Step, TrainState, seen
 
 
@@ -75,7 +77,7 @@ def train(
         A Step after each of them.
 
     Raises:
-        ValueError: the objective needs numbers or more draws than it gets; the gradient is not finite; two log Z; a
+        ValueError: the objective needs numbers or more draws than it gets, or the law of draws that do not say; the gradient is not finite; two log Z; a
             target without a beta of its own for a KL controller.
     """
     state = state or TrainState()
@@ -99,6 +101,8 @@ def train(
         kept = state.replay.draw(batch, kept_draws, generator=generator) if kept_draws else None
         pool = join_pools([part for part in (fresh, kept) if part is not None])
         known = known_numbers(pool, aim)
+        if pool.draws.log_q is None:
+            require_no_law(recipe, known)
         if log_z is not None:
             known["log_z"] = torch.tensor([log_z[example.id] for example in batch])
         own_log_z, news, prompts = state.log_z, {}, torch.tensor(chosen)
@@ -138,6 +142,20 @@ def train(
         state = TrainState(state.step + 1, order, replay, own_log_z, beta)
         moved |= {"learning_rate": rate, **news}
         yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, target=aim)
+
+
+def require_no_law(recipe: Recipe, known: Mapping[str, torch.Tensor]) -> None:
+    """Refuse an objective that would take draws of an unknown law for the policy's own.
+
+    Raises:
+        ValueError: it weighs draws by the law that they came from; the methods that do not are named.
+    """
+    asked = (recipe.objective, *(recipe.derived or {}).values())
+    if any(OF_THE_DRAWING_LAW & set(wanted(function)) for function in asked):
+        raise ValueError(
+            f"{name_of(recipe.objective)}: got no log_q, the law that these draws came from, and it cannot do without; known are "
+            f"{', '.join(known)}. These methods can do with what is known: {', '.join(working_with(known))}"
+        )
 
 
 def at_beta(target: Target, beta: float) -> Target:

@@ -21,6 +21,7 @@ from transformers import (
 from klimb.data import Draws, Example
 from klimb.rewards.load import check_informative, load_reward, reward_name, score, source_hash, weighted_sum
 from klimb.rewards.model import model_reward
+from klimb.target import LogRatio, MixtureRatio, forbid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAT = [{"role": "user", "content": "Say hi."}]
@@ -258,8 +259,16 @@ def test_hashes_tell_functions_weights_and_arguments_apart():
     exec(
         "def a(c): return (lambda: c + 1)()\ndef b(c): return (lambda: c + 2)()", typed
     )  # no file behind them
-    hashes = [source_hash(r) for r in (reward, other, *sums, *bound, typed["a"], typed["b"], len, max)]
-    assert len(set(hashes)) == len(hashes) == 11
+    forbidden = [
+        forbid(reward),
+        forbid(other),
+        MixtureRatio(LogRatio(None, None), 0.25),
+        MixtureRatio(LogRatio(None, None), 0.5),
+    ]
+    rewards = (reward, other, *sums, *bound, typed["a"], typed["b"], len, max, *forbidden)
+    hashes = [source_hash(r) for r in rewards]
+    assert len(set(hashes)) == len(hashes) == 15
+    assert source_hash(forbid(reward)) == hashes[11]
     assert all(len(h) == 64 for h in hashes)
     again: dict = {}
     exec("def a(c): return (lambda: c + 1)()", again)

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
-from klimb.measure import certify
+from klimb.measure import certify, measure
 from klimb.models.families import lora
 from klimb.numbers.certificate import certificate
+from klimb.plan import plan
 from klimb.samplers.ancestral import ancestral
-from klimb.target import tilt
+from klimb.target import chi_squared, forbid, standardized, tilt
 
 
 def shortness(prompts, completions, **columns):
@@ -40,6 +42,50 @@ def test_an_untrained_policy_in_bfloat16_has_no_kl_and_attained_nothing(build, t
         generator=torch.Generator().manual_seed(0),
     )
     assert abs(mutant.kl.value) > 1e-4
+
+
+@pytest.mark.parametrize("kind", [standardized, chi_squared])
+def test_a_target_that_the_draws_at_hand_fix_is_refused(kind, build, tokenizer, examples):
+    policy, reference = lora(build("llama_tied"), tokenizer, r=4)
+    with pytest.raises(ValueError, match="fixed by the draws at hand"):
+        measure(
+            examples,
+            policy,
+            kind(reference, shortness, 1.0),
+            sampler,
+            num_draws=4,
+            generator=torch.Generator(),
+        )
+
+
+def test_a_constraint_alone_is_planned_and_measured(build, tokenizer, examples):
+    """The target is the reference given that it holds: log Z = log P(allowed) = -KL(p||ref), at every beta."""
+
+    def allowed(completions):
+        return [len(text) % 3 > 0 for text in completions]
+
+    policy, reference = lora(build("llama_tied"), tokenizer, r=4)
+    found = plan(
+        examples,
+        reference,
+        forbid(allowed),
+        sampler,
+        num_draws=24,
+        generator=torch.Generator().manual_seed(0),
+    )
+    held = (found.pool.reward == 0).double().mean(1)
+    assert 0.2 < held.mean() < 0.98
+    (point,) = found.frontier
+    assert point.kl.value == pytest.approx(-held.log().mean().item(), abs=0.05)
+    measured = measure(
+        examples,
+        policy,
+        tilt(reference, forbid(allowed), 1.0),
+        sampler,
+        num_draws=24,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert measured.certificate.log_z.value == pytest.approx(held.log().mean().item(), abs=0.3)
 
 
 def test_log_probabilities_are_of_the_policy_that_is_measured(build, tokenizer, examples):

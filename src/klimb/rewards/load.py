@@ -26,7 +26,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -249,7 +249,8 @@ def reward_name(reward: Reward) -> str:
 def source_hash(reward: Reward) -> str:
     """The sha256 that names a reward's code: of its whole source file and its name in it.
 
-    A sum's is of its parts and weights, a model's of its weights (`source_hash` of the object itself).
+    A sum's is of its parts and weights, a model's of its weights (`source_hash` of the object itself), a dataclass's of its
+    class, its plain values and the rewards it holds.
     Modules that the file imports, and values that a function closes over, are not seen.
 
     Example:
@@ -265,6 +266,12 @@ def source_hash(reward: Reward) -> str:
         return own
     if isinstance(reward, functools.partial):
         return _sha256(source_hash(reward.func) + repr((reward.args, sorted(reward.keywords.items()))))
+    if is_dataclass(reward) and not isinstance(reward, type):
+        held = {f.name: getattr(reward, f.name) for f in fields(reward)}
+        known = [
+            (name, source_hash(x) if callable(x) else repr(x)) for name, x in held.items() if _has_value(x)
+        ]
+        return _sha256(source_hash(type(reward).__call__) + json.dumps(known))
     plain = inspect.unwrap(reward)
     if not inspect.isroutine(plain):
         plain = type(plain)  # an object that can be called is as its class
@@ -274,6 +281,11 @@ def source_hash(reward: Reward) -> str:
         return _sha256(Path(file).read_text(encoding="utf-8") + name)
     code = getattr(plain, "__code__", None)  # typed at a prompt: no file, so its instructions name it
     return _sha256(name + ("" if code is None else _instructions(code)))
+
+
+def _has_value(x: object) -> bool:
+    """Whether what a reward holds can be named: other rewards and plain values, not models."""
+    return callable(x) or isinstance(x, str | int | float | bool | tuple | None)
 
 
 def _instructions(code: CodeType) -> str:
