@@ -27,6 +27,7 @@ from klimb.numbers.advantages import (
     whitened_reward_to_go,
 )
 from klimb.objectives.bind import lacking, name_of, wanted
+from klimb.objectives.candidates import exo, info_nca
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
 from klimb.objectives.generators import FAMILIES, divergence
@@ -35,6 +36,7 @@ from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sf
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.path_consistency import path_consistency
 from klimb.objectives.penalised import penalised
+from klimb.objectives.preference import dpo, ipo
 from klimb.objectives.reverse_kl import reverse_kl
 from klimb.objectives.squared import length_normalised_balance, pmd_mean, trajectory_balance
 from klimb.objectives.surrogate import cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo
@@ -218,6 +220,46 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             caveat="length normalisation changes the target; without it, trajectory_balance",
             source="Zhu et al., 2025",
             objective=length_normalised_balance,
+        ),
+        "dpo": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="cross entropy of who wins, all pairs of a group",
+            draws="any of full support",
+            claim="minimiser",
+            fixed_point="the target, where comparisons follow Bradley and Terry",
+            caveat="labels that never err lead to certainty; rewards far apart say little of how far",
+            source="Rafailov et al., 2023; Guo et al., 2024",
+            objective=dpo,
+        ),
+        "ipo": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="squared distance of the margin from 1/2, all pairs of a group",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: ref exp(P(y beats the drawing law) / beta)",
+            caveat="follows chances of winning, not rewards, and so whom it is compared with",
+            source="Azar et al., 2024",
+            objective=ipo,
+        ),
+        "exo": Method(
+            knows="density",
+            divergence="KL(pi||p) between the group's draws, each law relative to ref",
+            draws="any of full support",
+            claim="minimiser",
+            fixed_point="the target",
+            caveat="the gradient is that of KL(pi||p) only for many draws of the reference",
+            source="Ji et al., 2024",
+            objective=exo,
+        ),
+        "info_nca": Method(
+            knows="density",
+            divergence="KL(p||pi) between the group's draws, each law relative to ref",
+            draws="any of full support",
+            claim="minimiser",
+            fixed_point="the target",
+            caveat="only ratios within a group count: a good draw's likelihood can fall",
+            source="Chen et al., 2024",
+            objective=info_nca,
         ),
         "path_consistency": Method(
             knows="density and a learned soft value of each prefix",

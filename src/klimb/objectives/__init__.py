@@ -5,6 +5,7 @@ each docstring says of what, and whether it is biased. Only torch is imported he
 """
 
 from klimb.objectives.bind import bind
+from klimb.objectives.candidates import exo, info_nca
 from klimb.objectives.coefficients import coefficients
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
@@ -12,6 +13,7 @@ from klimb.objectives.kl_penalty import kl_loss, kl_reward, rao_blackwell, token
 from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sft
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.path_consistency import path_consistency
+from klimb.objectives.preference import dpo, ipo, preference
 from klimb.objectives.reverse_kl import reverse_kl
 from klimb.objectives.squared import length_normalised_balance, parted, pmd_mean, trajectory_balance
 from klimb.objectives.surrogate import surrogate, token_surrogate
@@ -21,9 +23,13 @@ __all__ = [
     "bind",
     "coefficients",
     "dpg",
+    "dpo",
+    "exo",
     "f_divergence",
     "filtered",
     "forward_kl",
+    "info_nca",
+    "ipo",
     "kl_loss",
     "kl_reward",
     "length_normalised_balance",
@@ -31,6 +37,7 @@ __all__ = [
     "parted",
     "path_consistency",
     "pmd_mean",
+    "preference",
     "raft",
     "rao_blackwell",
     "reverse_kl",

@@ -1,0 +1,182 @@
+"""Comparisons and candidates: where they lead, for any draws of full support, and where a neighbour's belief fails.
+
+Six atoms, all tuples of draws; minima by L-BFGS on the logits, to the end.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd.gradcheck import gradcheck
+
+from klimb.exact import categorical, kl, normalise, random_logits, tilt, tuples
+from klimb.objectives import dpo, exo, info_nca, ipo, preference
+from klimb.objectives.generators import divergence
+from klimb.objectives.preference import (
+    bradley_terry,
+    given,
+    hinge,
+    log_ratio,
+    logistic,
+    ratio_and_log,
+    squared,
+)
+
+ATOMS, BETA = 6, 0.5
+GENERATOR = torch.Generator().manual_seed(90)
+LOG_REF, OFF = (categorical(random_logits(ATOMS, generator=GENERATOR)) for _ in range(2))
+REWARD = random_logits(ATOMS, generator=GENERATOR)
+LOG_TARGET = tilt(LOG_REF, REWARD, BETA)
+LOG_P = normalise(LOG_TARGET)
+LAWS = {"reference": LOG_REF, "another": OFF}
+
+
+def compared(log_pi, y, objective=dpo):
+    return objective(log_pi[y], LOG_REF[y], REWARD[y], BETA)
+
+
+def candidates(log_pi, y, objective):
+    return objective(log_pi[y], LOG_TARGET[y], LOG_REF[y])
+
+
+def expected(method, log_q, num_draws=2):
+    outcomes, prob = tuples(log_q, num_draws)
+    return lambda log_pi: (prob * method(log_pi, outcomes)).sum()
+
+
+TO_THE_TARGET = {
+    "dpo": compared,
+    "dpo, by the squared distance to the chances": partial(
+        compared,
+        objective=partial(
+            preference, link=lambda m: (1 - torch.sigmoid(m)).square()
+        ),  # any proper score will do
+    ),
+    "exo": partial(candidates, objective=exo),
+    "info_nca": partial(candidates, objective=info_nca),
+}
+
+
+@pytest.mark.parametrize("num_draws", [2, 3])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", TO_THE_TARGET)
+def test_its_minimum_is_the_target_whoever_drew(name, law, num_draws, minimise):
+    found = minimise(expected(TO_THE_TARGET[name], LAWS[law], num_draws))
+    assert kl(found, LOG_P) < 1e-8
+    assert kl(LOG_REF, LOG_P) > 0.1
+
+
+@pytest.mark.parametrize("name", TO_THE_TARGET)
+def test_at_the_target_every_group_is_silent(name):
+    outcomes, _ = tuples(OFF, 3)
+    log_p = LOG_P.clone().requires_grad_()
+    (table,) = torch.autograd.grad(TO_THE_TARGET[name](log_p, outcomes).sum(), log_p)
+    assert table.abs().max() < 1e-12
+    log_ref = LOG_REF.clone().requires_grad_()
+    (table,) = torch.autograd.grad(TO_THE_TARGET[name](log_ref, outcomes).sum(), log_ref)
+    assert table.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_ipo_follows_the_chance_of_beating_the_law_that_drew(law, minimise):
+    """Caveat: it is the target of another reward, which depends on whom a completion is compared with."""
+    found = minimise(expected(partial(compared, objective=ipo), LAWS[law]))
+    beats = (bradley_terry(REWARD[:, None] - REWARD) * LAWS[law].exp()).sum(1)
+    assert kl(found, normalise(tilt(LOG_REF, beats, BETA))) < 1e-8
+    other = LAWS["another" if law == "reference" else "reference"]
+    beats_other = (bradley_terry(REWARD[:, None] - REWARD) * other.exp()).sum(1)
+    assert kl(found, normalise(tilt(LOG_REF, beats_other, BETA))) > 1e-5
+    assert kl(found, LOG_P) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        divergence("jensen_shannon").slope,
+        divergence("alpha(0.5)").slope,
+        divergence("chi2_forward").slope,
+        ratio_and_log,
+    ],
+    ids=["Jensen-Shannon", "alpha", "chi-squared", "chi-PO"],
+)
+def test_another_slope_has_the_best_policy_under_that_divergence(score, minimise):
+    """beta f'(pi/ref) = r - nu: the stationary point of E r - beta D_f(pi||ref)."""
+    found = minimise(expected(partial(compared, objective=partial(preference, score=score)), OFF))
+    left = REWARD - BETA * score(found - LOG_REF)
+    assert left.max() - left.min() < 1e-5
+    assert kl(found, LOG_P) > 1e-3
+    assert (REWARD - BETA * log_ratio(found - LOG_REF)).std() > 1e-2  # the mutant: as if it were dpo's
+
+
+def test_labels_of_the_judge_average_to_its_chances():
+    """Offline pairs with their labels and judged pairs have the same expectation, outcome by outcome."""
+    outcomes, _ = tuples(OFF, 2)
+    log_pi = categorical(random_logits(ATOMS, generator=GENERATOR))[outcomes]
+    log_ref, reward = LOG_REF[outcomes], REWARD[outcomes]
+    labels = torch.tensor([[1.0, 0.0]]).double().expand(len(outcomes), 2)
+    first, second = (preference(log_pi, log_ref, wins, BETA, judge=given) for wins in (labels, 1 - labels))
+    chance = bradley_terry(reward[:, 0] - reward[:, 1])
+    judged = preference(log_pi, log_ref, reward, BETA)
+    torch.testing.assert_close(chance * first + (1 - chance) * second, judged, rtol=0, atol=1e-12)
+    assert (first - judged).abs().max() > 0.1
+
+
+def test_labels_that_never_err_lead_to_certainty():
+    """Caveat: with a margin of any size there is always a larger one that costs less."""
+    method = partial(compared, objective=partial(preference, judge=given))
+    loss = expected(method, OFF)
+    steps = [loss(normalise(LOG_REF + scale * REWARD)).item() for scale in (1, 10, 100)]
+    assert steps[0] > steps[1] > steps[2]
+    judged = expected(compared, OFF)
+    steps = [judged(normalise(LOG_REF + scale * REWARD)).item() for scale in (1, 2, 10)]
+    assert steps[0] > steps[1] < steps[2]
+
+
+@pytest.mark.parametrize("flipped", [0.1, 0.3])
+def test_labels_wrong_at_a_known_rate_cancel_where_they_are_unbiased(flipped):
+    margin = torch.linspace(-3, 3, 13).double()
+
+    def mean(link):
+        return (1 - flipped) * link(margin) + flipped * link(-margin)
+
+    clean = logistic(margin)
+    torch.testing.assert_close(
+        mean(partial(logistic, smoothing=flipped, unbias=True)), clean, rtol=0, atol=1e-12
+    )
+    assert (mean(logistic) - clean).abs().max() > 0.1  # the mutant that believes them
+    # smoothing's least cost is at the margin whose chance is the rate, and not at infinity
+    believed = torch.logit(torch.tensor(1 - flipped, dtype=torch.float64)).requires_grad_()
+    (slope,) = torch.autograd.grad(logistic(believed, smoothing=flipped), believed)
+    assert abs(slope) < 1e-12
+
+
+@pytest.mark.parametrize("link", [logistic, squared, partial(logistic, smoothing=0.2)])
+def test_gradients_by_differences_and_dtype(link):
+    log_pi = torch.randn(2, 4, generator=GENERATOR, dtype=torch.float64).requires_grad_()
+    log_ref, reward = (torch.randn(2, 4, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
+    assert gradcheck(lambda x: preference(x, log_ref, reward, BETA, link=link), log_pi)
+    assert gradcheck(lambda x: exo(x, log_ref + reward, log_ref), log_pi)
+    assert gradcheck(lambda x: info_nca(x, log_ref + reward, log_ref), log_pi)
+    single = preference(log_pi.float(), log_ref.float(), reward.float(), BETA, link=link)
+    assert single.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: dpo(x[:, :1], x[:, :1], x[:, :1], 1.0), "preference: got 1 draw a prompt"),
+        (lambda x: exo(x[:, :1], x[:, :1], x[:, :1]), "exo: got 1 draw a prompt"),
+        (lambda x: dpo(x, x, x - torch.inf, 1.0), "got reward = -inf"),
+        (lambda x: info_nca(x, x - torch.inf, x), "log_target = -inf"),
+        (lambda x: dpo(x, x[:1], x, 1.0), "log_ref of shape"),
+    ],
+)
+def test_bad_numbers_are_refused(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(torch.zeros(2, 3))
+
+
+def test_a_hinge_is_silent_past_its_margin():
+    margin = torch.tensor([0.5, 2.0], requires_grad=True)
+    hinge(margin).sum().backward()
+    assert margin.grad.tolist() == [-1.0, 0.0]
