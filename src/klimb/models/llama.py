@@ -227,12 +227,23 @@ class LlamaDecoder:
             turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
             turned = turned * cos + _half_turned(turned) * sin
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
-            for own, said in zip(self.own[i], (key, value), strict=True):
-                own.index_copy_(2, self.at, said[:, :, None].to(own.dtype))
+            self._write_down(i, key, value)
             x = x + layer.output(self._attention(i, query).reshape(len(x), -1))
             gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, 1)
             x = x + layer.down(layer.activation(gate) * up)
         return self.body.norm(x)
+
+    def _write_down(self, i: int, key: Tensor, value: Tensor) -> None:
+        """[R, kv, width] what this token says to later ones, at the place of it.
+
+        A recording finds the place on the device; elsewhere a slice is two to ten times quicker.
+        """
+        own = self.own[i]
+        if self.fixed:
+            for place, said in zip(own, (key, value), strict=True):
+                place.index_copy_(2, self.at, said[:, :, None].to(own.dtype))
+        else:
+            own[0, :, :, self.length - 1], own[1, :, :, self.length - 1] = key, value
 
     def _attention(self, i: int, query: Tensor) -> Tensor:
         """[R, heads, width]: over the prompt and over the row's own tokens, joined."""
