@@ -157,7 +157,7 @@ def caution(config: Config) -> str | None:
         >>> caution(load(None, [*words, "--kl_penalty", "k2_as_loss"])) is None
         True
         >>> caution(load(None, [*words, "--kl_penalty", "k1_as_loss"])).partition(";")[0]
-        'kl_penalty k1_as_loss is wrong: zero, noise that penalises nothing'
+        'kl_penalty k1_as_loss: wrong: zero, noise that penalises nothing'
     """
     if config.kl_penalty is None:
         return None
@@ -165,7 +165,7 @@ def caution(config: Config) -> str | None:
     if cell.right:
         return None
     right = " and ".join(name for name, key in KL_PENALTIES.items() if CELLS[key].right)
-    return f"kl_penalty {config.kl_penalty} is {cell.says}; right are {right}"
+    return f"kl_penalty {config.kl_penalty}: {cell.says}; right are {right}"
 
 
 def fresh_only(row: Method) -> bool:
