@@ -16,7 +16,6 @@ No completion ends early. Both sides warm up once (a plan is long enough). Times
 import argparse
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from step_vs_trl import prompts
+from step_vs_trl import peak_memory, prompts
 
 HERE = Path(__file__).resolve().parent
 DRAWS, TOKENS, LONG_PROMPT = 8, 64, 256
@@ -185,15 +184,9 @@ def grow(name, device):
     torch.nn.functional.linear(
         small, head.weight
     ).sum().backward()  # what the first product sets up is not counted
-    before = peak(device)
+    before = peak_memory(device)
     globals()[name](head, hidden, tokens)
-    print(max(peak(device) - before, 1e-3))
-
-
-def peak(device):
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(max(peak_memory(device) - before, 1e-3))
 
 
 def plan(options):

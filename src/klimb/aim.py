@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from klimb.config import Aim, EntropyBonus, LengthNormalized
 from klimb.data import Policy, Reward, Target
@@ -46,3 +47,15 @@ def target_record(chosen: Aim) -> dict[str, Any]:
     """
     means = REWARD_OF.get(chosen.kind)
     return {**chosen.model_dump(), **({} if means is None else {"means": means})}
+
+
+def recorded_aim(record: Mapping[str, Any] | None) -> Aim:
+    """The `config.target` that `target_record` told of; the plain tilt where a record tells of none.
+
+    Example:
+        >>> recorded_aim(target_record(EntropyBonus(bonus=0.25)))
+        EntropyBonus(kind='entropy_bonus', bonus=0.25)
+    """
+    known = {name: x for name, x in (record or {}).items() if name != "means"}
+    kinds = {kind.model_fields["kind"].default: kind for kind in get_args(Aim)}
+    return kinds[known.get("kind", "tilt")](**known)

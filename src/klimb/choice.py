@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from klimb.config import Config
-from klimb.methods import KL_PENALTIES, METHODS, Method, method, takes_penalty, with_penalty
+from klimb.methods import KL_PENALTIES, PENALISED, Method, method, takes_penalty, with_penalty
 from klimb.numbers.advantages import gae_advantage
 from klimb.objectives.clip import clipped
 from klimb.objectives.f_divergence import f_divergence
@@ -104,10 +104,9 @@ def refusals(config: Config, row: Method) -> Iterator[str]:
             "method such as ppo or grpo"
         )
     if config.kl_penalty is not None and not takes_penalty(row):
-        takers = ", ".join(other for other, its in METHODS.items() if takes_penalty(its))
         yield (
             f"kl_penalty {config.kl_penalty}: the KL of {name} is a part of what it makes small; leave it out, or use one of "
-            f"{takers}"
+            f"{', '.join(PENALISED)}"
         )
     if fresh and (config.num_replay or config.replay_steps):
         yield (

@@ -475,10 +475,14 @@ def takes_penalty(row: Method) -> bool:
     """True if the KL penalty of a row is a choice: a surrogate with one advantage a completion.
 
     Example:
-        >>> [name for name, row in METHODS.items() if takes_penalty(row)]
-        ['rloo', 'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo']
+        >>> PENALISED
+        ('rloo', 'grpo', 'dr_grpo', 'dapo', 'gspo', 'cispo')
     """
     return "advantage" in row.derived
+
+
+PENALISED = tuple(name for name, row in METHODS.items() if takes_penalty(row))
+"""the methods whose KL penalty is a choice"""
 
 
 def with_penalty(row: Method, choice: str) -> Method:
@@ -500,9 +504,9 @@ def with_penalty(row: Method, choice: str) -> Method:
             f"got kl_penalty {choice!r}{nearest(choice, KL_PENALTIES)}, expected one of {', '.join(KL_PENALTIES)}"
         )
     if not takes_penalty(row):
-        takers = ", ".join(name for name, other in METHODS.items() if takes_penalty(other))
         raise ValueError(
-            f"kl_penalty {choice}: this method has its KL elsewhere; leave it out, or use one of {takers}"
+            f"kl_penalty {choice}: this method has its KL elsewhere; leave it out, or use one of "
+            f"{', '.join(PENALISED)}"
         )
     name, use = KL_PENALTIES[choice]
     assert row.objective is not None
@@ -537,11 +541,21 @@ def working_with(known: Collection[str]) -> list[str]:
     return [name for name, row in METHODS.items() if row.objective is not None and _works(row, known)]
 
 
+def weighs_by_law(function: Numbers) -> bool:
+    """True if a function of numbers weighs draws by the law they came from, and would take draws of an unknown one for the policy's.
+
+    Example:
+        >>> weighs_by_law(reverse_kl), weighs_by_law(log_variance)
+        (True, False)
+    """
+    return not OF_THE_DRAWING_LAW.isdisjoint(wanted(function))
+
+
 def _works(row: Method, known: Collection[str]) -> bool:
     assert row.objective is not None
     names = OF_THE_POLICY.union(known)
     for name, function in (*row.derived.items(), ("", row.objective)):
-        if lacking(function, names) or ("log_q" not in names and OF_THE_DRAWING_LAW & set(wanted(function))):
+        if lacking(function, names) or ("log_q" not in names and weighs_by_law(function)):
             return False
         names |= {name}
     return True

@@ -22,8 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from klimb.aim import aimed_at
-from klimb.config import EntropyBonus, LengthNormalized
+from klimb.aim import aimed_at, recorded_aim
 from klimb.data import Pool
 from klimb.exact import check
 from klimb.exact.derivation import values_at
@@ -153,7 +152,6 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
     if not run.is_dir():
         raise ValueError(f"{run}: no such directory; expected that of a run")
     measured, planned = run / "measure.json", run / "plan.json"
-    stored: list[StoredDraws] = []
     record: dict[str, Any] = {}
     plan: dict[str, Any] = {}
     if measured.is_file() and draws_path(run, "measure").is_file():
@@ -165,8 +163,7 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
         names, chosen = ["plan"], plan["beta"]["value"]
     else:
         raise ValueError(f"{run}: holds neither measured nor planned draws; run klimb measure {run} first")
-    aim = (record or plan).get("target")
-    stored = [_of_the_target(read_draws(draws_path(run, name)), aim) for name in names]
+    stored = [_of_the_target(read_draws(draws_path(run, name)), record or plan) for name in names]
     beta = chosen if beta is None else beta
     check_beta(beta)
     same = beta == chosen  # what was measured was measured at the run's own beta
@@ -194,15 +191,13 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
     return Given(padded(log_ref, reward, beta), log_pi, f"the draws of {run}", about)
 
 
-def _of_the_target(stored: StoredDraws, chosen: Mapping[str, Any] | None) -> StoredDraws:
-    """The draws with the target's own reward, which with that target's beta makes it a plain tilt."""
-    kinds: dict[str, Any] = {"entropy_bonus": EntropyBonus, "length_normalized": LengthNormalized}
-    kind = kinds.get((chosen or {}).get("kind", "tilt"))
+def _of_the_target(stored: StoredDraws, record: Mapping[str, Any]) -> StoredDraws:
+    """The draws with the own reward of the target that a record tells of, whose plain tilt it is."""
     log_ref = stored.draws.log_q if stored.log_ref is None else stored.log_ref
-    if kind is None or chosen is None or stored.reward is None or log_ref is None:
+    if stored.reward is None or log_ref is None:
         return stored
-    known: Any = None  # of policy and reward nothing is asked
-    target = aimed_at(kind(**{n: chosen[n] for n in kind.model_fields}), known, known, 1.0)
+    unasked: Any = None  # neither policy nor reward is looked at
+    target = aimed_at(recorded_aim(record.get("target")), unasked, unasked, 1.0)
     return replace(stored, reward=own_reward(target, Pool(stored.draws, stored.reward, log_ref)))
 
 

@@ -23,10 +23,10 @@ from klimb.batch import fresh_batch, fresh_pool, next_prompts, with_log_pi
 from klimb.data import Example, Pool, Sampler, Target, join_pools
 from klimb.learn import Recipe, learn
 from klimb.log_z import LearnedLogZ, learn_log_z, used_and_moved
-from klimb.methods import OF_THE_DRAWING_LAW, working_with
+from klimb.methods import weighs_by_law, working_with
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.kl_control import adapted_beta
-from klimb.objectives.bind import name_of, wanted
+from klimb.objectives.bind import name_of
 from klimb.steps import Step, TrainState, seen
 
 
@@ -151,7 +151,7 @@ def require_no_law(recipe: Recipe, known: Mapping[str, torch.Tensor]) -> None:
         ValueError: it weighs draws by the law that they came from; the methods that do not are named.
     """
     asked = (recipe.objective, *(recipe.derived or {}).values())
-    if any(OF_THE_DRAWING_LAW & set(wanted(function)) for function in asked):
+    if any(map(weighs_by_law, asked)):
         raise ValueError(
             f"{name_of(recipe.objective)}: got no log_q, the law that these draws came from, and it cannot do without; known are "
             f"{', '.join(known)}. These methods can do with what is known: {', '.join(working_with(known))}"

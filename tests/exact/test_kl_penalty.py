@@ -23,6 +23,7 @@ from klimb.objectives.aggregate import sum_tokens
 from klimb.objectives.bind import bind
 from klimb.objectives.kl_penalty import (
     CELLS,
+    ESTIMATORS,
     TRAPS,
     fixed_weight,
     k1,
@@ -43,7 +44,6 @@ REF, THETA, OTHER = (random_logits(SPACE.num_prefixes, 3, generator=GENERATOR) f
 LOG_REF = log_prob(REF, SPACE)
 REWARD = torch.randn(SPACE.size, generator=GENERATOR, dtype=torch.float64)
 ON, OFF = log_prob(THETA, SPACE), log_prob(OTHER, SPACE)
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def packed(per_token, y):

@@ -193,10 +193,15 @@ def scaled(checkpoint, prefix):
     return {n: t * 1.5 if n.startswith(prefix) else t for n, t in checkpoint.tensors.items()}
 
 
+def misremember(monkeypatch, changed):
+    """From here on a checkpoint is read as `changed` makes it."""
+    real = edge.store.load_latest_checkpoint
+    monkeypatch.setattr(edge.store, "load_latest_checkpoint", lambda folder: changed(real(folder)))
+
+
 @pytest.mark.parametrize("piece", FORGETS)
 def test_a_checkpoint_that_forgets_a_piece_ends_elsewhere(config, interrupted, whole, monkeypatch, piece):
-    real = edge.store.load_latest_checkpoint
-    monkeypatch.setattr(edge.store, "load_latest_checkpoint", lambda folder: FORGETS[piece](real(folder)))
+    misremember(monkeypatch, FORGETS[piece])
     run_train(config, resume=True)
     files = [run / "policy/adapter_model.safetensors" for run in (interrupted, whole)]
     assert files[0].read_bytes() != files[1].read_bytes()
@@ -299,13 +304,8 @@ def ppo(make_run, options, tmp_path_factory):
 def test_ppo_resumes_with_its_critic(ppo, tmp_path, monkeypatch, forgets):
     never = run_train(at(ppo, tmp_path / "never")).path
     stopped_after(2, at(ppo, tmp_path / "run"))
-    real = edge.store.load_latest_checkpoint
     if forgets:
-        monkeypatch.setattr(
-            edge.store,
-            "load_latest_checkpoint",
-            lambda folder: replace(real(folder), tensors=scaled(real(folder), forgets)),
-        )
+        misremember(monkeypatch, lambda c: replace(c, tensors=scaled(c, forgets)))
     run_train(at(ppo, tmp_path / "run"), resume=True)
     same = steps_of(tmp_path / "run") == steps_of(never)
     assert same == (forgets is None)
@@ -335,13 +335,8 @@ def test_a_kl_controller_is_taken_up_where_it_was_and_its_last_beta_is_the_runs(
 ):
     never = run_train(at(controlled, tmp_path / "never"))
     stopped_after(2, at(controlled, tmp_path / "run"))
-    real = edge.store.load_latest_checkpoint
     if forgets:
-        monkeypatch.setattr(
-            edge.store,
-            "load_latest_checkpoint",
-            lambda folder: replace(real(folder), state={**real(folder).state, "beta": None}),
-        )
+        misremember(monkeypatch, lambda c: replace(c, state={**c.state, "beta": None}))
     again = run_train(at(controlled, tmp_path / "run"), resume=True)
     records = steps_of(never.path)
     assert (steps_of(again.path) == records) == (not forgets)

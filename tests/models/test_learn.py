@@ -5,6 +5,7 @@ Seven tokens, at most two of them: 43 completions a prompt, so the gap is summed
 
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
 from klimb.log_z import plan_log_z, start_learned, start_log_z, take_in
-from klimb.methods import METHODS, working_with
+from klimb.methods import KL_PENALTIES, METHODS, working_with
 from klimb.models.critic import Critic
 from klimb.models.families import lora
 from klimb.numbers import kl_control
@@ -281,6 +282,10 @@ def test_the_policys_own_draws_grow_old_within_a_batch(policies):
 def test_the_configuration_knows_the_table():
     rows = {name for name, row in METHODS.items() if row.objective is not None}
     assert options.BOUND == kl_control.BOUND
+    (charged,) = (
+        a for a in get_args(options.Config.model_fields["kl_penalty"].annotation) if a is not type(None)
+    )
+    assert get_args(charged) == tuple(KL_PENALTIES)
     assert set(TRAINED) | set(UNTRAINED) == set(METHODS)
     assert set(TRAINED) <= rows
     assert {name for name in TRAINED if needs_log_z(METHODS[name])} == set(NEED_LOG_Z)

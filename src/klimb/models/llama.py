@@ -211,10 +211,10 @@ class LlamaDecoder:
         """[R] the tokens just drawn -> [R, D] the states that predict the ones after them."""
         x = self.body.embed_tokens(tokens)
         cos, sin = self.body.rotary_emb(x, position_ids=(self.position + self.length)[:, None])
-        self.at.fill_(self.length)
         self.length += 1
         if not self.fixed:
             return self._through(x, cos, sin)
+        self.at.fill_(self.length - 1)
         self.unwritten[: self.length] = 0.0
         if self.play is None:
             self.play = recorded(self._through, x, cos, sin) if x.is_cuda else self._through

@@ -168,9 +168,9 @@ def default_betas(reward: Tensor, *, log_w: Tensor | None = None, num: int = 40)
     allowed = (top > -math.inf).squeeze(-1)
     finite = torch.where(r > -math.inf, r, math.inf)[allowed]
     spread = (top[allowed] - finite.amin(-1, keepdim=True)).max().item() if allowed.any() else 0.0
-    if spread == 0 and bool((r[allowed] == -math.inf).any()):
-        return [1.0]  # only a constraint: the target is the reference given that it holds, at every beta
     if spread == 0:
+        if bool((r[allowed] == -math.inf).any()):
+            return [1.0]  # only a constraint: the target is the reference given that it holds, at every beta
         raise ValueError(
             "default_betas: nothing can be learned here: every prompt's allowed draws all have the same reward. "
             "Change the reward or the prompts, or draw more completions a prompt."

@@ -174,5 +174,5 @@ def preference(
     return (wins * link(margin) + (1 - wins) * link(-margin)).mean(1)
 
 
-dpo = partial(preference)
+dpo = preference
 ipo = partial(preference, link=squared)
