@@ -171,6 +171,7 @@ def fresh_only(row: Method) -> bool:
     """True if kept draws are of no use to it: its advantages hold for the policy that drew.
 
     Example:
+        >>> from klimb.methods import METHODS
         >>> fresh_only(METHODS["grpo"]), fresh_only(METHODS["log_variance"])
         (True, False)
     """
@@ -198,6 +199,7 @@ def needs_log_z(row: Method) -> bool:
     """True if the objective has log_z among the numbers it cannot do without.
 
     Example:
+        >>> from klimb.methods import METHODS
         >>> [name for name in ("log_variance", "jensen_shannon") if needs_log_z(METHODS[name])]
         ['jensen_shannon']
     """

@@ -24,7 +24,7 @@ from klimb.objectives.aggregate import mean_over_batch
 from klimb.objectives.bind import bind
 from klimb.objectives.value_loss import value_loss
 
-OLD = {"log_old", "token_log_old"}
+OLD = {"log_old", "token_log_old", "log_start"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def learn(
 def _old_numbers(draws: Draws, known: Mapping[str, Tensor], old: Tensor, num_fresh: int) -> dict[str, Tensor]:
     """The policy before its first update, and the law of its own draws as this scorer has it."""
     log_old = draws.sequence_sums(old)
-    found = {"token_log_old": old, "log_old": log_old}
+    # log_start is said where the policy is asked for, and not the law of the draws
+    found = {"token_log_old": old, "log_old": log_old, "log_start": log_old}
     if "log_q" in known:
         log_q = torch.cat([log_old[:, :num_fresh], known["log_q"][:, num_fresh:]], 1)
         found |= {"log_q": log_q, "log_w": known["log_target"] - log_q}

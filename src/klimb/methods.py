@@ -27,7 +27,7 @@ from klimb.numbers.advantages import (
     whitened_reward_to_go,
 )
 from klimb.objectives.bind import lacking, name_of, wanted
-from klimb.objectives.candidates import exo, info_nca
+from klimb.objectives.candidates import exo, info_nca, nca
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
 from klimb.objectives.generators import FAMILIES, divergence
@@ -36,14 +36,18 @@ from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sf
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.path_consistency import path_consistency
 from klimb.objectives.penalised import penalised
-from klimb.objectives.preference import dpo, ipo
+from klimb.objectives.preference import chi_po, dpo, ipo, slic, wpo
+from klimb.objectives.reference_free import cpo, orpo, simpo
 from klimb.objectives.reverse_kl import reverse_kl
 from klimb.objectives.squared import length_normalised_balance, pmd_mean, trajectory_balance
 from klimb.objectives.surrogate import cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo
+from klimb.objectives.unpaired import bco, kto, middle, zero_kl
 
 Numbers = Callable[..., Tensor]
 
-OF_THE_POLICY = frozenset({"log_pi", "token_log_pi", "log_old", "token_log_old", "row", "old_values"})
+OF_THE_POLICY = frozenset(
+    {"log_pi", "token_log_pi", "log_old", "token_log_old", "log_start", "row", "old_values"}
+)
 """numbers that training has of any draws: the network's own, before and in an update, and a critic's"""
 OF_THE_DRAWING_LAW = frozenset({"log_q", "log_old", "token_log_old"})
 """numbers by which a draw is weighed for the law that it came from"""
@@ -241,6 +245,88 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="Azar et al., 2024",
             objective=ipo,
         ),
+        "wpo": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="cross entropy of who wins, pairs weighted by how likely the policy is to write them",
+            draws="any of full support",
+            claim="minimiser",
+            fixed_point="the target, where comparisons follow Bradley and Terry",
+            caveat="the weights fade with a policy's entropy: little is learned from what it would not write",
+            source="Zhou et al., 2024",
+            objective=wpo,
+        ),
+        "slic": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="what is missing to a margin of 1, all pairs of a group",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: margins of 1 for whatever wins more often, however much more",
+            caveat="a kink for a loss: beyond the margin nothing is learned",
+            source="Zhao et al., 2023; Liu et al., 2024",
+            objective=slic,
+        ),
+        "chi_po": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="cross entropy of who wins, pi/ref + log pi/ref for a score",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: the best policy under KL and chi-squared, which stays nearer to ref",
+            caveat="a penalty beside KL at the same beta: less reward, less trust in rare draws",
+            source="Huang et al., 2024",
+            objective=chi_po,
+        ),
+        "simpo": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="cross entropy of who wins by mean log-probability a token, less a margin",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: no reference, tilted as often as a completion has tokens",
+            caveat="nothing holds it near ref but few steps",
+            source="Meng, Xia, Chen, 2024",
+            objective=simpo,
+        ),
+        "cpo": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="cross entropy of who wins by log-probability, and the winner's likelihood",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: a uniform reference, pulled to the winners",
+            caveat="nothing holds it near ref but few steps",
+            source="Xu et al., 2024",
+            objective=cpo,
+        ),
+        "orpo": Method(
+            knows="comparisons, of which the reward gives the chances",
+            divergence="the winner's likelihood, and the log odds of who wins",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: near the law of the winners",
+            caveat="beta has no part in it; nothing holds it near ref but few steps",
+            source="Hong, Lee, Thorne, 2024",
+            objective=orpo,
+        ),
+        "kto": Method(
+            knows="the chance that a completion is called good",
+            divergence="what is missing to the full value of each draw, a curve that flattens",
+            draws="any of full support",
+            claim="value",
+            fixed_point="none inside: what is called good more often than bad goes to certainty",
+            caveat="needs rewards from 0 to 1, or labels; noise in them is not weighed, only outvoted",
+            source="Ethayarajh et al., 2024",
+            objective=kto,
+            derived={"held_against": zero_kl},
+        ),
+        "bco": Method(
+            knows="the chance that a completion is called good",
+            divergence="cross entropy of good and bad, each draw by itself",
+            draws="any of full support",
+            claim="value",
+            fixed_point="another: near ref exp(logit(chance) / beta), where its middle is log Z of that",
+            caveat="needs rewards from 0 to 1, or labels; the middle of both classes is not log Z",
+            source="Jung et al., 2024",
+            objective=bco,
+            derived={"held_against": middle},
+        ),
         "exo": Method(
             knows="density",
             divergence="KL(pi||p) between the group's draws, each law relative to ref",
@@ -260,6 +346,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             caveat="only ratios within a group count: a good draw's likelihood can fall",
             source="Chen et al., 2024",
             objective=info_nca,
+        ),
+        "nca": Method(
+            knows="density",
+            divergence="each draw against noise, target's or group's",
+            draws="the reference",
+            claim="value",
+            fixed_point="the target, as G grows",
+            caveat="at finite G it falls short; on draws of another law it is off",
+            source="Chen et al., 2024",
+            objective=nca,
         ),
         "path_consistency": Method(
             knows="density and a learned soft value of each prefix",

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.gradcheck import gradcheck
 
 from klimb.exact import categorical, kl, normalise, random_logits, tilt, tuples
-from klimb.objectives import dpo, exo, info_nca, ipo, preference
+from klimb.objectives import bco, cpo, dpo, exo, info_nca, ipo, kto, nca, orpo, preference, simpo, wpo
 from klimb.objectives.generators import divergence
 from klimb.objectives.preference import (
     bradley_terry,
@@ -180,3 +180,79 @@ def test_a_hinge_is_silent_past_its_margin():
     margin = torch.tensor([0.5, 2.0], requires_grad=True)
     hinge(margin).sum().backward()
     assert margin.grad.tolist() == [-1.0, 0.0]
+
+
+LENGTH = torch.tensor([1, 2, 3, 1, 2, 4])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_wpo_has_dpos_minimum_where_that_makes_every_pair_silent(law, minimise):
+    def weighted(log_pi, y):
+        return wpo(log_pi[y], LOG_REF[y], REWARD[y], BETA, LENGTH[y])
+
+    outcomes, prob = tuples(LAWS[law], 2)
+    log_p = LOG_P.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((prob * weighted(log_p, outcomes)).sum(), log_p)
+    assert slope.abs().max() < 1e-12
+    log_ref = LOG_REF.clone().requires_grad_()
+    weights, plain = (
+        torch.autograd.grad((prob * method(log_ref, outcomes)).sum(), log_ref)[0]
+        for method in (weighted, compared)
+    )
+    assert torch.cosine_similarity(weights, plain, dim=0) < 0.999  # the way there is another
+
+
+def test_without_a_margin_simpo_tilts_by_length(minimise):
+    def method(log_pi, y):
+        return simpo(log_pi[y], REWARD[y], BETA, LENGTH[y], margin=0.0)
+
+    found = minimise(expected(method, OFF))
+    left = found / LENGTH - REWARD / BETA  # one constant: log pi = |y| (r / beta + c)
+    assert left.max() - left.min() < 1e-5
+    assert kl(found, LOG_P) > 1e-2
+
+
+@pytest.mark.parametrize("objective", [cpo, orpo])
+def test_without_a_reference_no_reference_matters(objective):
+    log_pi = LOG_REF[None].clone().requires_grad_()
+    numbers = {"beta": BETA} if objective is cpo else {"weight": 10.0}
+    value = objective(log_pi, REWARD[None], lengths=LENGTH[None], **numbers)
+    (slope,) = torch.autograd.grad(value.sum(), log_pi)
+    assert slope[0, REWARD.argmax()] < 0 < slope[0, REWARD.argmin()]
+
+
+def test_bco_with_log_z_for_its_middle_is_the_target_of_the_logit(minimise):
+    chance = torch.sigmoid(REWARD - 0.3)
+    log_z = torch.logsumexp(LOG_REF + torch.logit(chance) / BETA, 0)
+
+    def loss(log_pi, middle):
+        return (OFF.exp() * bco(log_pi[:, None], LOG_REF[:, None], chance[:, None], BETA, middle)).sum()
+
+    found = minimise(lambda log_pi: loss(log_pi, -log_z))
+    assert (
+        kl(found, LOG_P) < 1e-8
+    )  # logit of a logistic curve of the reward is the reward, but for a constant
+    off = minimise(lambda log_pi: loss(log_pi, -log_z + 1))
+    assert kl(off, LOG_P) > 1e-3
+
+
+def test_kto_goes_to_certainty_of_what_is_good_more_often_than_bad():
+    chance = torch.sigmoid(REWARD - REWARD.median() - 0.1)
+
+    def loss(log_pi):
+        zero = torch.tensor(0.0)
+        return (OFF.exp() * kto(log_pi[:, None], LOG_REF[:, None], chance[:, None], BETA, zero)).sum()
+
+    steps = [loss(LOG_REF + scale * (chance - 0.5)).item() for scale in (1, 10, 100, 1000)]
+    assert steps == sorted(steps, reverse=True)
+    with pytest.raises(ValueError, match="expected the chance that each completion is called good"):
+        kto(LOG_REF[None], LOG_REF[None], REWARD[None], BETA, torch.tensor(0.0))
+
+
+def test_nca_nears_the_target_as_the_group_grows(minimise):
+    def away(num_draws):
+        method = partial(candidates, objective=nca)
+        return kl(minimise(expected(method, LOG_REF, num_draws)), LOG_P)
+
+    two, four = away(2), away(4)
+    assert 1e-4 < four < 0.7 * two

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from klimb.objectives import exo, preference
+from klimb.objectives import cpo, exo, nca, orpo, preference, simpo
 from klimb.objectives.generators import divergence
 from klimb.objectives.preference import given, hinge, logistic, squared
 
@@ -48,6 +48,24 @@ CASES = {
         ),
         {"loss": "exo_pair", "smoothing": SMOOTHING},
     ),
+    "nca": (
+        lambda x: nca(
+            BETA * (x - REF), torch.tensor([[0.0, -50.0]]).double().expand(3, 2), torch.zeros_like(REF)
+        ),
+        {"loss": "nca_pair"},
+    ),
+    "simpo": (
+        lambda x: simpo(x, WINS, BETA, LENGTHS, margin=0.5, judge=given),
+        {"loss": "simpo", "by": "cpo"},
+    ),
+    "cpo, without likelihood": (
+        lambda x: cpo(x, WINS, BETA, LENGTHS, likelihood=0.0, judge=given),
+        {"loss": "sigmoid", "by": "cpo"},
+    ),
+    "orpo, the odds alone": (
+        lambda x: orpo(x, WINS, LENGTHS, weight=BETA, judge=given) + (x[:, 0] / LENGTHS[:, 0]),
+        {"loss": "odds", "by": "orpo"},
+    ),
     "f-DPO, forward KL": (
         lambda x: pairs(x, REF, beta=BETA, score=of_f["forward_kl"]),
         {"loss": "sigmoid", "f": "forward_kl"},
@@ -63,6 +81,16 @@ TRL = {  # name -> the loss, and its derivative in the log-probability of each c
     "hinge": (0.66666669, [-0.13333333, 0.13333333, -0.13333333, 0.13333333, -0.13333333, 0.13333333]),
     "ipo, a token": (0.88780096, [-0.13703703, 0.41111109, -0.39166669, 0.19583335, -0.63333333, 0.63333333]),
     "exo": (0.34944849, [-0.04872264, 0.04872264, -0.06267109, 0.06267109, -0.06899215, 0.06899215]),
+    "nca": (1.33082364, [-0.00790378, 0.03200071, -0.04131631, 0.02611607, -0.01942409, 0.03599433]),
+    "simpo": (0.87630249, [-0.02639436, 0.07918308, -0.04273783, 0.02136891, -0.06733331, 0.06733331]),
+    "cpo, without likelihood": (
+        0.60507470,
+        [-0.0836197, 0.0836197, -0.03909037, 0.03909037, -0.05096695, 0.05096695],
+    ),
+    "orpo, the odds alone": (  # in float32
+        0.19680363,
+        [-0.03062598, 0.07583919, -0.04857422, 0.02593642, -0.0400768, 0.02372355],
+    ),
     "f-DPO, forward KL": (
         0.53867280,
         [-0.01476162, 0.06615701, -0.07025802, 0.14148225, -0.03195583, 0.04313586],
@@ -101,7 +129,36 @@ def test_trl_still_says_so():
 
 def trl_numbers():
     """Name -> TRL's loss, and its derivative in the log-probability of each completion."""
-    return {name: trl_loss(**options) for name, (_, options) in CASES.items()}
+    return {
+        name: trl_reference_free(**options) if "by" in options else trl_loss(**options)
+        for name, (_, options) in CASES.items()
+    }
+
+
+def trl_reference_free(loss, by):
+    """The same of TRL's trainers without a reference; lengths divide before it, as its `average_log_prob` does."""
+    import os
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        beta=BETA,
+        loss_type=loss,
+        simpo_gamma=0.5,
+        label_smoothing=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    log_pi = PI.clone().requires_grad_()
+    chosen, rejected = ((log_pi / LENGTHS) if loss != "sigmoid" else log_pi).t()
+    if by == "orpo":
+        value = -ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+    else:
+        value = CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean()
+    (slope,) = torch.autograd.grad(value, log_pi)
+    return value.item(), slope.flatten().tolist()
 
 
 def trl_loss(loss, smoothing=0.0, f="reverse_kl"):

@@ -272,6 +272,7 @@ def numbers_of(at: Toy, table: Tensor, law: Tensor, outcomes: Tensor) -> dict[st
         "log_ref": log_prob(at.ref, space)[outcomes],
         "log_q": log_q,
         "log_old": log_q,
+        "log_start": log_prob(table, space)[outcomes].detach(),
         "log_target": log_target,
         "log_w": log_target - log_q,
         "log_z": log_partition(at.log_target).expand(shape[0]),

@@ -16,6 +16,7 @@ class Critic(nn.Module):
         width: D of the hidden states.
 
     Example:
+        >>> import torch
         >>> Critic(4)(torch.ones(3, 4)).tolist()
         [0.0, 0.0, 0.0]
     """

@@ -9,6 +9,7 @@ Both are of the draws at hand, so log Z has no part in them; they agree on every
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from klimb.objectives.require import require_finite
 
@@ -69,6 +70,29 @@ def info_nca(log_pi: Tensor, log_target: Tensor, log_ref: Tensor) -> Tensor:
     """
     log_policy, log_best = _laws("info_nca", log_pi, log_target, log_ref)
     return (log_best.exp() * (log_best - log_policy)).sum(1)
+
+
+def nca(log_pi: Tensor, log_target: Tensor, log_ref: Tensor) -> Tensor:
+    r"""Each candidate against noise: a draw of the target's, or a draw of the group's.
+
+    $$ -\sum_g \hat p_g \log\sigma(\log\rho_g) - \tfrac1G \sum_g \log\sigma(-\log\rho_g), \qquad \rho = \pi/\text{ref} $$
+
+    Its least value for a group is at log rho_g = log(G p-hat_g): absolute ratios count, so that a good draw's likelihood cannot fall
+    with the others'. The minimum goes to p as G grows, for draws of the reference; at finite G it falls short of it.
+    Arguments, shapes, units and errors as `exo`.
+
+    Example:
+        >>> import torch
+        >>> uniform = torch.zeros(1, 2)
+        >>> nca(uniform, torch.tensor([[1.0, 0.0]]), uniform)
+        tensor([1.3863])
+
+    Source: Chen et al., "Noise contrastive alignment of language models with explicit rewards", 2024.
+    Not the same as TRL's `nca_pair`, whose score is beta log rho and whose weights are 1 and 0.
+    """
+    _, log_best = _laws("nca", log_pi, log_target, log_ref)
+    log_rho = log_pi - log_ref.detach()
+    return -(log_best.exp() * logsigmoid(log_rho)).sum(1) - logsigmoid(-log_rho).mean(1)
 
 
 def _laws(name: str, log_pi: Tensor, log_target: Tensor, log_ref: Tensor) -> tuple[Tensor, Tensor]:

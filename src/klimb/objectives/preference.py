@@ -155,7 +155,7 @@ def preference(
         >>> target = log_ref + reward / 0.5
         >>> at_ref, at_target = (preference(x, log_ref, reward, 0.5).item() for x in (log_ref, target))
         >>> round(at_ref, 4), round(at_target, 4)
-        (0.6931, 0.5823)
+        (0.6931, 0.5822)
 
     Source: Rafailov et al., "Direct preference optimization", 2023; Wang et al., "Beyond reverse KL", 2024 (other
     divergences); Guo et al., "Direct language model alignment from online AI feedback", 2024 (judged draws of the policy).
@@ -163,16 +163,64 @@ def preference(
     Not the same as log_variance, which regresses the differences of log ratios on those of the rewards: the same minimum, other
     weights. Not the same as TRL's `ipo`, which divides both log ratios by their lengths.
     """
-    require_finite("preference", log_pi=log_pi, log_ref=log_ref, reward=reward)
-    num_draws = log_pi.shape[1]
-    if num_draws < 2:
-        raise ValueError(f"preference: got {num_draws} draw a prompt, expected at least 2: it compares them")
-    first, second = torch.triu_indices(num_draws, num_draws, 1, device=log_pi.device)
-    scores = score(log_pi - log_ref.detach())
-    margin = beta * (scores[:, first] - scores[:, second])
-    wins = judge((reward[:, first] - reward[:, second]).detach())
+    difference, wins = pair_scores("preference", score(log_pi - log_ref.detach()), reward, judge)
+    require_finite("preference", log_pi=log_pi, log_ref=log_ref)
+    margin = beta * difference
     return (wins * link(margin) + (1 - wins) * link(-margin)).mean(1)
+
+
+def wpo(
+    log_pi: Tensor,
+    log_ref: Tensor,
+    reward: Tensor,
+    beta: Tensor | float,
+    lengths: Tensor,
+    *,
+    judge: Part = bradley_terry,
+    link: Part = logistic,
+) -> Tensor:
+    r"""`preference`, each pair weighted by how likely the policy itself is to write it, token for token.
+
+    $$ \operatorname{mean}_{i<j}\; w_i w_j\,[P_{ij}\, \ell(m_{ij}) + (1 - P_{ij})\, \ell(-m_{ij})], \qquad
+       w_i = \pi_i^{1/|y_i|} \text{ held fixed} $$
+
+    The minimum is dpo's wherever that makes every pair silent; elsewhere pairs that the policy would not write count less, as if
+    it had drawn them. Arguments, shapes and errors as `preference`; lengths [P, G] in tokens.
+
+    Example:
+        >>> pair = torch.tensor([[0.25, 0.25]]).log()
+        >>> wpo(pair, pair, torch.tensor([[0.0, 0.0]]), 1.0, torch.tensor([[1, 2]]))
+        tensor([0.0866])
+
+    Source: Zhou et al., "WPO: enhancing RLHF with weighted preference optimization", 2024.
+    Not the same as TRL's `use_weighting`, which divides each token's probability by the sum of squares over the vocabulary.
+    """
+    require_finite("wpo", log_pi=log_pi, log_ref=log_ref)
+    difference, wins = pair_scores("wpo", log_pi - log_ref.detach(), reward, judge)
+    margin = beta * difference
+    weight = (log_pi.detach() / lengths.clamp(min=1)).exp()
+    first, second = members(log_pi.shape[1], log_pi.device)
+    return (weight[:, first] * weight[:, second] * (wins * link(margin) + (1 - wins) * link(-margin))).mean(1)
+
+
+def members(num_draws: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two members of each pair."""
+    first, second = torch.triu_indices(num_draws, num_draws, 1, device=device)
+    return first, second
+
+
+def pair_scores(name: str, scores: Tensor, reward: Tensor, judge: Part) -> tuple[Tensor, Tensor]:
+    """Difference of scores of each pair [P, pairs], differentiable, and the chance that its first member wins."""
+    require_finite(name, scores=scores, reward=reward)
+    num_draws = scores.shape[1]
+    if num_draws < 2:
+        raise ValueError(f"{name}: got {num_draws} draw a prompt, expected at least 2: it compares them")
+    first, second = members(num_draws, scores.device)
+    wins = judge((reward[:, first] - reward[:, second]).detach())
+    return scores[:, first] - scores[:, second], wins
 
 
 dpo = preference
 ipo = partial(preference, link=squared)
+slic = partial(preference, link=hinge)
+chi_po = partial(preference, score=ratio_and_log)
