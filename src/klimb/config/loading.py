@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from klimb.config.options import PYTHON_ONLY, UNIONS, Config
 from klimb.nearest import nearest, nearest_file
+from klimb.rewards.builtin import BUILTIN, parted
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -185,10 +186,15 @@ def _found(config: Config, folder: Path) -> Config:
         # a bare name such as `math:hypot` or a hub id is a file only if it is one
         return f"{there}{colon}{rest}" if not Path(file).exists() and there.exists() else name
 
+    def reward(spec: str | dict[str, Any]) -> str | dict[str, Any]:
+        name, options = parted(spec)
+        found = name if name in BUILTIN else beside(name)
+        return {"func": found, **options} if options else found
+
     return config.model_copy(
         update={
             "dataset_name": beside(config.dataset_name),
-            "reward_funcs": [beside(name) for name in config.reward_funcs],
+            "reward_funcs": [reward(spec) for spec in config.reward_funcs],
             **({} if config.plan is None else {"plan": beside(config.plan)}),
         }
     )
