@@ -135,15 +135,21 @@ def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str)
 
 def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
     """The options as a nested mapping; lists, null and unions as pydantic-settings reads them."""
-    from pydantic_settings import BaseSettings, CliSettingsSource
+    from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
     options = type(
         "Options", (Config, BaseSettings), {"model_config": {"env_prefix": "KLIMB_NO_ENVIRONMENT_"}}
     )
-    source: Any = CliSettingsSource(
-        options, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_parse_none_str="null"
-    )
-    return source()
+    try:
+        source: Any = CliSettingsSource(
+            options, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_parse_none_str="null"
+        )
+        return source()
+    except SettingsError as error:
+        said = str(error).partition(" from source")[0]
+        raise ValueError(
+            f"command line: {said}; a value that begins with [ or {{ is read as JSON, with every name in quotes"
+        ) from error
 
 
 def _explained(details: Mapping[str, Any]) -> str:

@@ -91,9 +91,7 @@ def made(who: str, factory: Callable[..., Any], options: Mapping[str, Any], *giv
             )
     for name, option in known.items():
         if option.default is option.empty and name not in options:
-            raise ValueError(
-                f"reward {who} needs the option {name}; write {{func: {who}, {name}: ...}} for its name alone"
-            )
+            raise ValueError(f"reward {who} needs the option {name}: {{func: {who}, {name}: ...}}")
     maker: Any = factory
     config = None if is_dataclass(factory) else ConfigDict(arbitrary_types_allowed=True)
     try:
@@ -137,5 +135,6 @@ def _explained(details: Any) -> str:
     where = ".".join(str(part) for part in details["loc"])
     if details["type"] == "value_error" or not where:
         return said
-    said = said.replace("Input should be a valid ", "expected a ").replace("Input should be ", "expected ")
+    said = said.replace("Input should be ", "expected ").replace("a valid integer", "a whole number")
+    said = said.replace("a valid ", "a ")
     return f"option {where}: got {reprlib.repr(details['input'])}, {said}"

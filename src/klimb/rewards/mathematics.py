@@ -65,12 +65,13 @@ class Mathematics:
     def _answer(self, text: str) -> list[Any]:
         from math_verify import parse
 
-        read = parse(f"${text}$", parsing_timeout=self._limit) or parse(text, parsing_timeout=self._limit)
-        if not read:
-            raise ValueError(
-                f"column {self.column!r}: got {text!r}, expected mathematics, such as \\frac{{1}}{{2}}"
-            )
-        return read
+        for form in (f"${text}$", text):
+            read = parse(form, parsing_timeout=self._limit)
+            if any(not isinstance(one, str) for one in read):  # a string is what was not understood
+                return read
+        raise ValueError(
+            f"column {self.column!r}: got {text!r}, expected mathematics, such as \\frac{{1}}{{2}}"
+        )
 
     def _right(self, answer: list[Any], text: str) -> float:
         from math_verify import parse, verify

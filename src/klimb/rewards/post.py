@@ -119,7 +119,7 @@ def post_json(
             f"no answer within {timeout:g} seconds" if slow else f"no answer: {error or type(error).__name__}"
         )
     passed = time.monotonic() - began
-    raise ValueError(f"{url}: {came}; asked {tries} times in {passed:.1f} seconds")
+    raise ValueError(f"{url}: {came}; asked {tries} time{'s' if tries > 1 else ''} in {passed:.1f} seconds")
 
 
 def shown(text: str, hidden: Collection[str] = ()) -> str:

