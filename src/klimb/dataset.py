@@ -16,6 +16,7 @@ from pathlib import Path
 
 from klimb.data import Example
 from klimb.nearest import nearest, nearest_file
+from klimb.tasks import BEGIN, generated
 
 Row = tuple[str, dict[str, object]]  # where it stands ("prompts.jsonl, line 3") and its columns
 
@@ -32,7 +33,8 @@ def load_examples(
     Files are told apart by their ending: `.jsonl` (one object a line), `.csv` (with a header; every value is
     text), `.parquet`. A file with a column `split` gives the rows whose value there is `split`; a file
     without one is all "train", as in `datasets`. Anything else is a folder or id for `datasets.load_dataset`,
-    a configuration after a colon ("openai/gsm8k:main"), and without `split` its "train".
+    a configuration after a colon ("openai/gsm8k:main"), and without `split` its "train"; or puzzles that are
+    made (`reasoning_gym:TASK`, see `klimb.tasks`).
 
     Args:
         path_or_id: a file, a folder of data files, or the id of a data set; `~` is the home folder.
@@ -69,7 +71,7 @@ def load_examples(
             f"{path}: got a file ending in {path.suffix!r}, expected one of {', '.join(READERS)}"
         )
     if read is None:
-        rows = list(_from_datasets(path_or_id, split))
+        rows = list((generated if path_or_id.startswith(BEGIN) else _from_datasets)(path_or_id, split))
     else:
         if not path.is_file():
             raise ValueError(f"{path}: no such file{nearest_file(path)}")

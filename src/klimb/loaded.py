@@ -21,7 +21,8 @@ from klimb.dataset import load_examples
 from klimb.models.families import full, lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, adapters, check_head
-from klimb.rewards.load import load_reward, source_hash, weighted_sum
+from klimb.rewards.cache import reward_cache
+from klimb.rewards.load import check_columns, load_reward, source_hash, weighted_sum
 from klimb.samplers.ancestral import ancestral
 from klimb.trackers import check_trackers
 
@@ -69,7 +70,14 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         test_examples = train_examples
     else:
         test_examples = read(split=config.dataset_test_split)
-    reward = weighted_sum([load_reward(name) for name in config.reward_funcs], config.reward_weights)
+    reward = weighted_sum(
+        [load_reward(spec) for spec in config.reward_funcs],
+        config.reward_weights,
+        cache=None if config.reward_cache is None else reward_cache(config.reward_cache),
+    )
+    check_columns(
+        reward, dict.fromkeys(name for x in [*train_examples, *test_examples] for name in x.columns)
+    )
     policy, reference = _policies(config, policy_folder)
     for example in [*train_examples, *test_examples]:
         tokens = max(len(who.render(example)) for who in (policy, reference))

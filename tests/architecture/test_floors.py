@@ -24,7 +24,7 @@ FLOORS = [  # from the bottom
     {"learn", "log_z"},
     {"batch", "steps"},
     {"plan", "train", "measure", "sample", "climb"},
-    {"report", "store", "config", "dataset"},
+    {"report", "store", "config", "dataset", "tasks"},
     {"trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
     {"training", "planning"},

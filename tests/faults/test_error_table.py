@@ -169,6 +169,66 @@ CASES = [
         ["ZeroDivisionError", "rewards.py", "prompt:"],
     ),
     ("reward always the same", {"reward_funcs": "rewards.py:same"}, None, ["nothing can be learned"]),
+    ("reward without a name", {"reward_funcs": [{"fun": "exact"}]}, None, ["reward_funcs", "{func: NAME}"]),
+    (
+        "reward without its option",
+        {"reward_funcs": "regex"},
+        None,
+        ["reward regex", "needs the option pattern"],
+    ),
+    (
+        "misspelt option of a reward",
+        {"reward_funcs": [{"func": "length", "traget": 3}]},
+        None,
+        ["'traget'", "did you mean 'target'"],
+    ),
+    (
+        "option of a reward of another kind",
+        {"reward_funcs": [{"func": "length", "target": "x"}]},
+        None,
+        ["option target", "got 'x'"],
+    ),
+    (
+        "misspelt option of one's own reward",
+        {"reward_funcs": [{"func": "rewards.py:same", "completion_ids": 3}]},
+        None,
+        ["completion_ids", "kept for what is drawn"],
+    ),
+    ("misspelt name of a reward", {"reward_funcs": "exactt"}, None, ["exactt", "did you mean 'exact'"]),
+    (
+        "reward of a column that is not there",
+        {"reward_funcs": "exact"},
+        None,
+        ["reward exact", "'answer'", "no column of the data"],
+    ),
+    (
+        "rules that are none",
+        {"reward_funcs": [{"func": "constraints", "rules": {"word": 3}}]},
+        None,
+        ["'word'", "did you mean 'words'"],
+    ),
+    (
+        "secret that is not set",
+        {
+            "reward_funcs": [
+                {"func": "http", "url": "http://localhost:1", "headers_env": {"A": "KLIMB_NO_SUCH"}}
+            ]
+        },
+        None,
+        ["KLIMB_NO_SUCH", "not set"],
+    ),
+    (
+        "cache that is none",
+        {"reward_cache": "rewards.py"},
+        None,
+        ["reward_cache", "rewards.py", "no cache of rewards"],
+    ),
+    (
+        "puzzles of no task",
+        {"dataset_name": "reasoning_gym:chain_sums"},
+        None,
+        ["chain_sums", "did you mean 'chain_sum'|not installed"],
+    ),
     ("weights that do not fit", {"reward_weights": [1.0, 2.0]}, None, ["2 reward_weights", "1 reward_funcs"]),
 ]
 REWARDS = """

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from klimb.config.options import PYTHON_ONLY, UNIONS, Config
 from klimb.nearest import nearest, nearest_file
+from klimb.rewards.builtin import BUILTIN, parted
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -134,15 +135,21 @@ def _validated(base: Mapping[str, Any], arguments: Sequence[str], *, where: str)
 
 def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
     """The options as a nested mapping; lists, null and unions as pydantic-settings reads them."""
-    from pydantic_settings import BaseSettings, CliSettingsSource
+    from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
     options = type(
         "Options", (Config, BaseSettings), {"model_config": {"env_prefix": "KLIMB_NO_ENVIRONMENT_"}}
     )
-    source: Any = CliSettingsSource(
-        options, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_parse_none_str="null"
-    )
-    return source()
+    try:
+        source: Any = CliSettingsSource(
+            options, cli_parse_args=list(arguments), cli_exit_on_error=False, cli_parse_none_str="null"
+        )
+        return source()
+    except SettingsError as error:
+        said = str(error).partition(" from source")[0]
+        raise ValueError(
+            f"command line: {said}; a value that begins with [ or {{ is read as JSON, with every name in quotes"
+        ) from error
 
 
 def _explained(details: Mapping[str, Any]) -> str:
@@ -185,10 +192,15 @@ def _found(config: Config, folder: Path) -> Config:
         # a bare name such as `math:hypot` or a hub id is a file only if it is one
         return f"{there}{colon}{rest}" if not Path(file).exists() and there.exists() else name
 
+    def reward(spec: str | dict[str, Any]) -> str | dict[str, Any]:
+        name, options = parted(spec)
+        found = name if name in BUILTIN else beside(name)
+        return {"func": found, **options} if options else found
+
     return config.model_copy(
         update={
             "dataset_name": beside(config.dataset_name),
-            "reward_funcs": [beside(name) for name in config.reward_funcs],
+            "reward_funcs": [reward(spec) for spec in config.reward_funcs],
             **({} if config.plan is None else {"plan": beside(config.plan)}),
         }
     )

@@ -203,10 +203,12 @@ class Config(BaseModel):
     max_prompts: Count | None = None
     """plan and train on at most this many prompts, from the start; left out: all"""
 
-    reward_funcs: Annotated[list[str], Field(min_length=1)]
-    """file.py:function, package.module:function, or a sequence-classification model; one or several"""
+    reward_funcs: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    """a built-in reward, file.py:function, package.module:function, or a sequence-classification model, also with options as {func: NAME, ...}; one or several"""
     reward_weights: list[float] | None = None
     """one a reward; left out: 1 each"""
+    reward_cache: Place | None = None
+    """file that keeps each value of a reward, so that nothing is scored twice, also in later runs; left out: none"""
 
     target: Annotated[Aim, Field(discriminator="kind")] = PlainTilt()
     """where to go; the tilt unless said"""
@@ -334,7 +336,16 @@ class Config(BaseModel):
                 data[name] = {"kind": kind, **given}
         return data
 
-    @field_validator("reward_funcs", "report_to", "reward_weights", mode="before")
+    @field_validator("reward_funcs", mode="before")
+    @classmethod
+    def _rewards_are_named(cls, value: Any) -> Any:
+        each = [value] if isinstance(value, str | Mapping) else value
+        for one in each if isinstance(each, list | tuple) else ():
+            if not isinstance(one.get("func") if isinstance(one, Mapping) else one, str):
+                raise ValueError("expected the name of a reward, or {func: NAME} with its options")
+        return each
+
+    @field_validator("report_to", "reward_weights", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | int | float) else value

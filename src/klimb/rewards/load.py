@@ -24,9 +24,9 @@ import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from klimb.data import Draws, Prompt, Reward
 from klimb.nearest import nearest, nearest_file
+from klimb.rewards.builtin import BUILTIN, bound, made, parted
 
 LARGEST = torch.finfo(torch.float32).max
 SHOWN = reprlib.Repr()
@@ -49,10 +50,12 @@ class WeightedSum:
     Attributes:
         rewards: name -> reward.
         weights: name -> weight, any finite number; with 0 a reward is reported and not counted.
+        caches: name -> what remembers a reward's values, for those that have one (`klimb.rewards.cache`).
     """
 
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
+    caches: Mapping[str, Callable[..., list[float | None]]] = field(default_factory=dict)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: object
@@ -74,14 +77,16 @@ class Rewards:
     parts: Mapping[str, Tensor]
 
 
-def load_reward(spec: str) -> Reward:
-    """The reward that a text names.
+def load_reward(spec: str | Mapping[str, Any]) -> Reward:
+    """The reward that a text names, or a mapping `{func: NAME, ...options}`.
 
-    "file.py:function" imports the file (`~` is the home folder), "package.module:function" the module, also one here; anything
-    without a colon is a sequence-classification model, by folder or hub id (see `klimb.rewards.model`).
+    A short name is one of those that come with klimb (`klimb.rewards.builtin`). "file.py:function" imports the file (`~` is the
+    home folder), "package.module:function" the module, also one here; their options are keyword arguments. Anything else is a
+    sequence-classification model, by folder or hub id (see `klimb.rewards.model`).
 
     Raises:
-        ValueError: the file, module or function is not there, importing it failed, or it cannot be called.
+        ValueError: the file, module or function is not there, importing it failed, it cannot be called, or an option does not
+            fit.
 
     Example:
         >>> load_reward("math:hypot").__name__
@@ -90,13 +95,22 @@ def load_reward(spec: str) -> Reward:
         Traceback (most recent call last):
         ...
         ValueError: math:hypott: module math has no 'hypott' (did you mean 'hypot'?)
+        >>> load_reward({"func": "length", "target": 12})
+        Length(target=12, unit='characters')
     """
-    spec = os.path.expanduser(spec)
-    if ":" in spec or spec.endswith(".py"):
-        return load_function(spec)
+    name, options = parted(spec)
+    name = os.path.expanduser(name)
+    if name in BUILTIN:
+        return made(name, load_function(BUILTIN[name]), options)
+    if ":" in name or name.endswith(".py"):
+        return bound(name, load_function(name), options)
     from klimb.rewards.model import model_reward  # transformers is loaded only for a model
 
-    return model_reward(spec)
+    try:
+        return made(name, model_reward, options, name)
+    except ValueError as error:
+        near = nearest(name, BUILTIN)
+        raise ValueError(f"{error}{near}") from error
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -125,8 +139,13 @@ def load_function(spec: str) -> Callable[..., Any]:
     return found
 
 
-def weighted_sum(rewards: Sequence[Reward], weights: Sequence[float] | None = None) -> WeightedSum:
-    """Several rewards as one, each with its weight (1 where none are given).
+def weighted_sum(
+    rewards: Sequence[Reward],
+    weights: Sequence[float] | None = None,
+    *,
+    cache: Callable[..., list[float | None]] | None = None,
+) -> WeightedSum:
+    """Several rewards as one, each with its weight (1 where none are given), and a cache if they shall have one.
 
     Example:
         >>> def tone(completions): return [1.0, None]
@@ -152,7 +171,10 @@ def weighted_sum(rewards: Sequence[Reward], weights: Sequence[float] | None = No
         name = reward_name(reward)
         taken = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
         names.append(next(n for n in taken if n not in names))
-    return WeightedSum(dict(zip(names, rewards, strict=True)), dict(zip(names, weights, strict=True)))
+    named = dict(zip(names, rewards, strict=True))
+    # the code as it is now, not as the file may read when a batch is scored
+    caches = {} if cache is None else {n: functools.partial(cache, source_hash(r)) for n, r in named.items()}
+    return WeightedSum(named, dict(zip(names, weights, strict=True)), caches)
 
 
 def score(reward: Reward, draws: Draws) -> Rewards:
@@ -217,6 +239,21 @@ def score(reward: Reward, draws: Draws) -> Rewards:
     )
 
 
+def check_columns(reward: WeightedSum, columns: Iterable[str]) -> None:
+    """Refuse, before anything is drawn, a reward that comes with klimb and asks for a column that the data lacks.
+
+    Example:
+        >>> check_columns(weighted_sum([load_reward("exact")]), ["prompt", "anwser"])
+        Traceback (most recent call last):
+        ...
+        ValueError: reward exact asks for 'answer' (did you mean 'anwser'?), which is no column of the data; there are prompt, anwser
+    """
+    there = dict.fromkeys(columns)
+    for name, part in reward.rewards.items():
+        if getattr(part, "needs", None) is not None:
+            _accepted(name, part, there)
+
+
 def check_informative(reward: Tensor) -> None:
     """Refuse a pool of rewards [P, G] that cannot teach: all the same, or the same within every prompt.
 
@@ -250,7 +287,7 @@ def source_hash(reward: Reward) -> str:
     """The sha256 that names a reward's code: of its whole source file and its name in it.
 
     A sum's is of its parts and weights, a model's of its weights (`source_hash` of the object itself), a dataclass's of its
-    class, its plain values and the rewards it holds.
+    class, its plain values and the rewards it holds; fields that do not count when two of them are compared do not count here.
     Modules that the file imports, and values that a function closes over, are not seen.
 
     Example:
@@ -267,7 +304,7 @@ def source_hash(reward: Reward) -> str:
     if isinstance(reward, functools.partial):
         return _sha256(source_hash(reward.func) + repr((reward.args, sorted(reward.keywords.items()))))
     if is_dataclass(reward) and not isinstance(reward, type):
-        held = {f.name: getattr(reward, f.name) for f in fields(reward)}
+        held = {f.name: getattr(reward, f.name) for f in fields(reward) if f.compare}
         known = [
             (name, source_hash(x) if callable(x) else repr(x)) for name, x in held.items() if _has_value(x)
         ]
@@ -285,7 +322,14 @@ def source_hash(reward: Reward) -> str:
 
 def _has_value(x: object) -> bool:
     """Whether what a reward holds can be named: other rewards and plain values, not models."""
-    return callable(x) or isinstance(x, str | int | float | bool | tuple | None)
+    return callable(x) or isinstance(x, str | int | float | bool | tuple | None) or _is_yaml(x)
+
+
+def _is_yaml(x: object) -> bool:
+    """Whether something is what an option in a YAML file can be."""
+    if isinstance(x, Mapping):
+        return all(isinstance(key, str) and _is_yaml(value) for key, value in x.items())
+    return isinstance(x, str | int | float | bool | None) or (isinstance(x, list) and all(map(_is_yaml, x)))
 
 
 def _instructions(code: CodeType) -> str:
@@ -347,10 +391,22 @@ def _parts(
     completions: Sequence[Any],
     columns: Mapping[str, object],
 ) -> dict[str, list[float | None]]:
-    return {
-        name: _checked(name, _called(name, reward, prompts, completions, columns), prompts, completions)
-        for name, reward in whole.rewards.items()
-    }
+    def asked(
+        name: str, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, object]
+    ) -> list[float | None]:
+        answer = _called(name, whole.rewards[name], prompts, completions, columns)
+        return _checked(name, answer, prompts, completions)
+
+    parts = {}
+    for name, reward in whole.rewards.items():
+        ask = functools.partial(asked, name)
+        if name in whole.caches:
+            given = _accepted(name, reward, {"prompts": prompts, "completions": completions, **columns})
+            looked_at = {n: x for n, x in given.items() if n not in ("prompts", "completions")}
+            parts[name] = whole.caches[name](prompts, completions, looked_at, ask)
+        else:
+            parts[name] = ask(prompts, completions, columns)
+    return parts
 
 
 def _called(
@@ -365,6 +421,8 @@ def _called(
         result = reward(**arguments)
         return _awaited(result) if inspect.isawaitable(result) else result
     except Exception as error:
+        if isinstance(error, ValueError) and type(reward).__module__.startswith("klimb.rewards."):
+            raise ValueError(f"reward {name}: {error}") from error  # ours say all there is to say
         file = getattr(getattr(inspect.unwrap(reward), "__code__", None), "co_filename", None)
         raise ValueError(
             f"reward {name} failed: {_raised(error, file)}; "
@@ -374,6 +432,12 @@ def _called(
 
 
 def _accepted(name: str, reward: Reward, arguments: Mapping[str, object]) -> Mapping[str, object]:
+    asked = getattr(reward, "needs", None)  # rewards that come with klimb say which columns they look at
+    if asked is not None:
+        _check_there(name, asked, arguments)
+        return {n: x for n, x in arguments.items() if n in ("prompts", "completions", *asked)}
+    if isinstance(reward, functools.partial):  # an option goes before a column of its name
+        arguments = {n: x for n, x in arguments.items() if n not in reward.keywords}
     try:
         wanted = inspect.signature(reward).parameters.values()
     except ValueError:  # some builtins have no signature; the call itself decides
@@ -384,13 +448,17 @@ def _accepted(name: str, reward: Reward, arguments: Mapping[str, object]) -> Map
     else:
         named = [p for p in wanted if p.kind is not p.VAR_POSITIONAL]
         chosen = {p.name: arguments[p.name] for p in named if p.name in arguments}
-    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+    _check_there(name, [p.name for p in named if p.default is p.empty], arguments)
+    return chosen
+
+
+def _check_there(name: str, wanted: Iterable[str], arguments: Mapping[str, object]) -> None:
+    missing = [n for n in wanted if n not in arguments]
     if missing:
         raise ValueError(
             f"reward {name} asks for {missing[0]!r}{nearest(missing[0], arguments)}, "
-            f"which is no column of the data; there are {', '.join(arguments)}"
+            f"which is no column of the data; there are {', '.join(arguments) or 'none'}"
         )
-    return chosen
 
 
 def _awaited(result: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from klimb.data import Prompt
+from klimb.models.hub import DTYPES
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ModelReward:
         longest = max(map(len, ids), default=0)
         if longest > limit:
             raise ValueError(
-                f"reward {self.name}: got a prompt and completion of {longest} tokens, "
+                f"got a prompt and completion of {longest} tokens, "
                 f"expected at most {limit}, which is all the model reads; "
                 f"shorten the prompts or max_completion_length"
             )
@@ -76,7 +77,11 @@ class ModelReward:
 
 
 def model_reward(
-    name_or_path: str | Path, *, batch_size: int = 16, device: str = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path,
+    *,
+    batch_size: int = 16,
+    device: str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
 ) -> ModelReward:
     """Load a sequence-classification model with one output, by folder or hub id, as a reward.
 
@@ -88,15 +93,21 @@ def model_reward(
         name_or_path: the folder or id.
         batch_size: texts scored at once.
         device: where it runs.
-        dtype: of the weights; scores are float32 whatever it is.
+        dtype: of the weights, also by its name; scores are float32 whatever it is.
 
     Raises:
-        ValueError: there is no such model, its weights are not safetensors, its head is not in them or has
+        ValueError: no such dtype, there is no such model, its weights are not safetensors, its head is not in them or has
             more than one output, or its tokenizer has nothing to pad with.
 
     Not the same as TRL, which adds no special tokens to plain text either.
     """
     name = os.path.expanduser(name_or_path)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"reward model {name}: dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}"
+            )
+        dtype = DTYPES[dtype]
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -129,15 +140,16 @@ def model_reward(
     )  # decoders read the score at the last token that is not padding
     return ModelReward(
         name=Path(name).resolve().name if Path(name).is_dir() else name.rpartition("/")[2],
-        source_hash=_source_hash(Path(name), model.config),
+        source_hash=folder_hash(Path(name), model.config, *([] if dtype == torch.float32 else [str(dtype)])),
         model=model.eval().requires_grad_(False).to(device),
         tokenizer=tokenizer,
         batch_size=batch_size,
     )
 
 
-def _source_hash(folder: Path, config: Any) -> str:
-    digest = hashlib.sha256()
+def folder_hash(folder: Path, config: Any, *beside: str) -> str:
+    """A sha256 of a model's files, or of its id and revision on the hub, and of what else its score depends on."""
+    digest = hashlib.sha256("".join(beside).encode())
     if not folder.is_dir():
         digest.update(f"{folder}@{config._commit_hash}".encode())
     for file in sorted(

@@ -1,0 +1,37 @@
+"""The examples' configurations, run for a few steps with a tiny model in the place of the real one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "dtype": "float32",
+    "device": "cpu",
+    "family.layers": None,
+    "max_prompts": 8,
+    "max_steps": 3,
+    "replay_steps": 1,
+    "warmup_steps": 1,
+    "measure_prompts": 4,
+    "measure_draws": 8,
+}
+
+
+@pytest.mark.parametrize("name", ["reviews", "verifiable"])
+def test_an_example_climbs(klimb, options, tiny_model, tmp_path, monkeypatch, no_report, name):
+    monkeypatch.chdir(ROOT)
+    if name == "reviews":
+        pytest.importorskip("vaderSentiment")
+    settings = {**SMALL, "model_name_or_path": str(tiny_model), "output_dir": str(tmp_path / "run")}
+    if name == "verifiable":
+        settings["kl_budget"] = 0.3  # of its few words the tiny model cannot choose better ones
+        settings["reward_cache"] = str(tmp_path / "cache")
+    status, _, err = klimb("climb", "-q", "-c", f"examples/{name}.yaml", *options(settings))
+    assert status == 0, err
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    asked = yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text())["reward_funcs"]
+    assert written["reward_funcs"] == [asked]
+    assert -1 <= json.loads((tmp_path / "run/measure.json").read_text())["reward"]["value"] <= 1
