@@ -7,6 +7,7 @@ prompts still to come, the replay, and the running or learned log Z where there 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +65,8 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
         "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
         "replay.lengths": torch.tensor([len(row.completion) for row in kept], dtype=torch.int64),
         "replay.numbers": torch.tensor(
-            [[row.log_q, row.log_ref, row.reward] for row in kept], dtype=torch.float64
+            [[math.nan if row.log_q is None else row.log_q, row.log_ref, row.reward] for row in kept],
+            dtype=torch.float64,
         ),
     }
     if state.log_z is not None:
@@ -150,8 +152,16 @@ def _replay(tensors: Mapping[str, Tensor], rest: Mapping[str, Any], empty: Repla
     numbers = tensors["replay.numbers"].tolist()
     kept = iter(
         [
-            Kept(completion, text, finished, *three, full_support)
-            for completion, text, finished, three, full_support in zip(
+            Kept(
+                completion,
+                text,
+                finished,
+                None if math.isnan(log_q) else log_q,
+                log_ref,
+                reward,
+                full_support,
+            )
+            for completion, text, finished, (log_q, log_ref, reward), full_support in zip(
                 completions, rest["texts"], rest["finished"], numbers, rest["full_support"], strict=True
             )
         ]

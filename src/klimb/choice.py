@@ -10,14 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
-from klimb.config import Config
-from klimb.methods import KL_PENALTIES, PENALISED, Method, method, takes_penalty, with_penalty
+from klimb.config import TRAINED, Config
+from klimb.methods import (
+    KL_PENALTIES,
+    METHODS,
+    PENALISED,
+    Method,
+    method,
+    takes_penalty,
+    with_penalty,
+    working_with,
+)
 from klimb.numbers.advantages import gae_advantage
 from klimb.objectives.clip import clipped
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.generators import divergence
 from klimb.objectives.importance import importance, truncated
 from klimb.objectives.kl_penalty import CELLS
+from klimb.objectives.preference import given, logistic
 
 Numbers = Callable[..., Tensor]
 
@@ -71,6 +81,8 @@ def chosen(config: Config) -> Choice:
         penalised = with_penalty(replace(row, objective=objective, derived=derived), config.kl_penalty)
         assert penalised.objective is not None
         objective, derived = penalised.objective, dict(penalised.derived)
+    if config.learn_from == "data":
+        objective = _judging_data(config, objective)
     has_critic = "returns" in derived
     if has_critic:
         derived["token_advantage"] = partial(gae_advantage, lam=config.gae_lambda)
@@ -84,10 +96,21 @@ def chosen(config: Config) -> Choice:
     )
 
 
+def _judging_data(config: Config, objective: Numbers) -> Numbers:
+    """An objective that compares, with who won in the place of a reward's chances."""
+    options = signature(objective).parameters
+    if "judge" in options and config.judge == "labels":
+        objective = partial(objective, judge=given)
+    if config.label_smoothing:
+        objective = partial(objective, link=partial(logistic, smoothing=config.label_smoothing))
+    return objective
+
+
 def refusals(config: Config, row: Method) -> Iterator[str]:
     """What `config` asks of its method that the method has not, a message each."""
     assert row.objective is not None
     name, options, fresh = config.method, signature(row.objective).parameters, fresh_only(row)
+    yield from _refused_data(config, row)
     if config.clip is not None and (fresh or "clip" not in options):
         yield (
             f"clip bounds a residual, and {name} has none; leave clip out, or use a method such as log_variance"
@@ -145,6 +168,32 @@ def refusals(config: Config, row: Method) -> Iterator[str]:
     of_a_critic = _touched(config, "gae_lambda", "value_learning_rate", "value_clip")
     if of_a_critic and "returns" not in row.derived:
         yield f"{', '.join(of_a_critic)}: {name} has no critic; leave it out, or use method ppo"
+
+
+def _refused_data(config: Config, row: Method) -> Iterator[str]:
+    """What learning from data does not go with."""
+    name = config.method
+    known = {"log_target", "log_ref", "reward", "beta", "lengths"}
+    if config.learn_from == "draws":
+        if name == "sft":
+            yield (
+                "sft: on the policy's own draws it learns nothing; raft and filtered learn from the good ones among them; for a "
+                "file of completions use learn_from data"
+            )
+        return
+    can = [other for other in working_with(known) if other in TRAINED and not fresh_only(METHODS[other])]
+    if name not in can:
+        yield (
+            f"learn_from data: {name} needs the law that drew the completions, log Z, or fresh draws, and data has none of them; "
+            f"use one of {', '.join(can)}"
+        )
+        return
+    assert row.objective is not None
+    link = signature(row.objective).parameters.get("link")
+    if config.label_smoothing and (link is None or link.default is not logistic):
+        yield f"label_smoothing: {name} has no logistic of a margin; leave it out, or use dpo"
+    if config.judge == "scores" and name in ("kto", "bco", "sft"):
+        yield f"judge scores: {name} compares nothing; leave it out, or use dpo"
 
 
 def caution(config: Config) -> str | None:

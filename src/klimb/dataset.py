@@ -63,6 +63,28 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1, or none to take all")
+    rows, names = read_rows(path_or_id, split=split)
+    if prompt_column not in names:
+        raise ValueError(
+            f"{path_or_id}: no column {prompt_column!r}{nearest(prompt_column, names)}; "
+            f"the columns there are {', '.join(names)}; name the right one with prompt_column"
+        )
+    others = [name for name in names if name != prompt_column]
+    return [
+        Example(
+            checked_prompt(row.get(prompt_column), prompt_column, where),
+            {name: row.get(name) for name in others},
+        )
+        for where, row in rows[:limit]
+    ]
+
+
+def read_rows(path_or_id: str | Path, *, split: str | None = None) -> tuple[list[Row], list[str]]:
+    """The rows of a file or data set, each with where it stands, and the names of all columns.
+
+    Raises:
+        ValueError: as `load_examples`, but for what a prompt is.
+    """
     path_or_id = os.path.expanduser(path_or_id)
     path = Path(path_or_id)
     read = READERS.get(path.suffix.lower())
@@ -81,22 +103,15 @@ def load_examples(
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     if read is not None and split is not None:
         rows = _only_split(rows, split, names, path)
-    if prompt_column not in names:
-        raise ValueError(
-            f"{path_or_id}: no column {prompt_column!r}{nearest(prompt_column, names)}; "
-            f"the columns there are {', '.join(names)}; name the right one with prompt_column"
-        )
-    others = [name for name in names if name != prompt_column]
-    return [
-        Example(
-            _checked_prompt(row.get(prompt_column), prompt_column, where),
-            {name: row.get(name) for name in others},
-        )
-        for where, row in rows[:limit]
-    ]
+    return rows, names
 
 
-def _checked_prompt(prompt: object, column: str, where: str) -> str | list[dict[str, str]]:
+def checked_prompt(prompt: object, column: str, where: str) -> str | list[dict[str, str]]:
+    """The prompt as it is, if it is text or chat messages that say something.
+
+    Raises:
+        ValueError: it is not.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt is empty; write one or delete the row")
@@ -109,7 +124,7 @@ def _checked_prompt(prompt: object, column: str, where: str) -> str | list[dict[
         raise ValueError(
             f"{where}: got a prompt of type {type(prompt).__name__}, expected text or a list of chat messages"
         )
-    messages = [_checked_message(message, where) for message in prompt]
+    messages = [checked_message(message, where) for message in prompt]
     if not messages[-1]["content"].strip():
         raise ValueError(
             f"{where}: the prompt is empty: its last message says nothing; write it or delete the row"
@@ -117,7 +132,12 @@ def _checked_prompt(prompt: object, column: str, where: str) -> str | list[dict[
     return messages
 
 
-def _checked_message(message: object, where: str) -> dict[str, str]:
+def checked_message(message: object, where: str) -> dict[str, str]:
+    """The message without keys that are None.
+
+    Raises:
+        ValueError: it has no role or no content.
+    """
     if isinstance(message, dict):
         role, content = message.get("role"), message.get("content")
         if isinstance(role, str) and isinstance(content, str):

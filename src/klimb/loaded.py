@@ -9,12 +9,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from klimb.choice import chosen
+from klimb.comparisons import Judged, load_judged
 from klimb.config import Config, Lora
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
@@ -22,7 +24,7 @@ from klimb.models.families import full, lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, adapters, check_head
 from klimb.rewards.cache import reward_cache
-from klimb.rewards.load import check_columns, load_reward, source_hash, weighted_sum
+from klimb.rewards.load import check_columns, load_reward, no_reward, source_hash, weighted_sum
 from klimb.samplers.ancestral import ancestral
 from klimb.trackers import check_trackers
 
@@ -40,6 +42,8 @@ class Loaded:
         test_examples: to measure on.
         sampler: ancestral, at temperature 1.
         hashes: what a pool of draws depends on.
+        judged: with learn_from data, the judged completions to learn from; else none.
+        judged_test: those held out.
     """
 
     config: Config
@@ -50,6 +54,8 @@ class Loaded:
     test_examples: Sequence[Example]
     sampler: Sampler
     hashes: Mapping[str, str]
+    judged: Sequence[Judged] = ()
+    judged_test: Sequence[Judged] = ()
 
 
 def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loaded:
@@ -64,14 +70,19 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
     """
     chosen(config)
     check_trackers(config.report_to)
-    read = partial(load_examples, config.dataset_name, prompt_column=config.prompt_column)
-    train_examples = read(split=config.dataset_train_split)
-    if config.dataset_test_split is None:
-        test_examples = train_examples
+    judged, judged_test = _judged(config) if config.learn_from == "data" else ([], [])
+    if judged:
+        train_examples, test_examples = ([row.example for row in rows] for rows in (judged, judged_test))
+        test_examples = list({str(example.prompt): example for example in test_examples}.values())
     else:
-        test_examples = read(split=config.dataset_test_split)
+        read = partial(load_examples, config.dataset_name, prompt_column=config.prompt_column)
+        train_examples = read(split=config.dataset_train_split)
+        if config.dataset_test_split is None:
+            test_examples = train_examples
+        else:
+            test_examples = read(split=config.dataset_test_split)
     reward = weighted_sum(
-        [load_reward(spec) for spec in config.reward_funcs],
+        [load_reward(spec) for spec in config.reward_funcs] or [no_reward],
         config.reward_weights,
         cache=None if config.reward_cache is None else reward_cache(config.reward_cache),
     )
@@ -103,8 +114,33 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
             "reward": source_hash(reward),
             "template": _sha256(str(reference.tokenizer.chat_template)),
             "max_completion_length": str(config.max_completion_length),
+            **({"data": _sha256(repr(judged))} if judged else {}),
         },
+        judged=judged[: config.max_prompts],
+        judged_test=judged_test,
     )
+
+
+def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
+    """The judged completions to learn from, and those held out."""
+    read = partial(
+        load_judged,
+        config.dataset_name,
+        prompt_column=config.prompt_column,
+        by_scores=config.judge == "scores",
+    )
+    judged = read(split=config.dataset_train_split)
+    size = len(judged[0].completions)
+    if size < 2 and "judge" in signature(_objective(config)).parameters:
+        raise ValueError(
+            f"method {config.method} compares completions of one prompt, and {config.dataset_name} has one a row; use kto or bco "
+            "where they are labelled, sft where they are not, or give chosen and rejected"
+        )
+    return judged, judged if config.dataset_test_split is None else read(split=config.dataset_test_split)
+
+
+def _objective(config: Config) -> Any:
+    return chosen(config).objective
 
 
 def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalPolicy, CausalPolicy]:

@@ -103,17 +103,9 @@ def certify(
             progress=progress,
             what="draw from the reference",
         )
-    policy_pool = draw_pool(
-        examples,
-        policy,
-        target.reward,
-        sampler,
-        num_draws=num_draws,
-        generator=generator,
-        progress=progress,
-        what="draw from the policy",
+    policy_pool = away(
+        examples, policy, target, sampler, num_draws=num_draws, generator=generator, progress=progress
     )
-    policy_pool = _scored(policy_pool, policy, target.reference, progress=progress, whose="policy")
     reference_pool = _scored(reference_pool, policy, target.reference, progress=progress, whose="reference")
     assert policy_pool.log_pi is not None
     assert reference_pool.log_pi is not None
@@ -128,6 +120,33 @@ def certify(
         generator=generator,
     )
     return found, policy_pool, reference_pool
+
+
+def away(
+    examples: Sequence[Example],
+    policy: Policy,
+    target: Target,
+    sampler: Sampler,
+    *,
+    num_draws: int,
+    generator: torch.Generator,
+    progress: Progress = silent,
+) -> Pool:
+    """Draws of the policy with their log-probabilities under both: what its distance from the reference is read from.
+
+    Arguments as `measure`.
+    """
+    pool = draw_pool(
+        examples,
+        policy,
+        target.reward,
+        sampler,
+        num_draws=num_draws,
+        generator=generator,
+        progress=progress,
+        what="draw from the policy",
+    )
+    return _scored(pool, policy, target.reference, progress=progress, whose="policy")
 
 
 def _scored(pool: Pool, policy: Policy, reference: Policy, *, progress: Progress, whose: str) -> Pool:

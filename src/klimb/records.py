@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from klimb.data import Pool
 from klimb.measure import Measurement
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
@@ -98,6 +99,23 @@ def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str
         "warnings": list(c.warnings),
         "num_prompts": found.policy_pool.draws.num_prompts,
         "num_draws": found.policy_pool.draws.num_draws,
+    }
+
+
+def unrewarded_record(
+    pool: Pool, orders: Mapping[str, Any], beta: float, *, target: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What measure.json holds where there is no reward: no gap and no share, since nobody said what is good."""
+    assert pool.log_pi is not None
+    cost = mean_estimate(pool.log_pi - pool.log_ref, generator=torch.Generator().manual_seed(0))
+    return {
+        "target": target,
+        "beta": beta,
+        "kl": cost.as_dict(),
+        "comparisons": orders,
+        "warnings": [],
+        "num_prompts": pool.draws.num_prompts,
+        "num_draws": pool.draws.num_draws,
     }
 
 

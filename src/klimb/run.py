@@ -23,11 +23,12 @@ from klimb.aim import aimed_at, target_record
 from klimb.config import DESTINATIONS, Config
 from klimb.data import Pool, stack_pools
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
-from klimb.measure import measure
+from klimb.measure import away, measure
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
+from klimb.offline import judged_pool, orders
 from klimb.planning import planned, replanned
-from klimb.records import measure_record
+from klimb.records import measure_record, unrewarded_record
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -69,6 +70,10 @@ class Outcome:
 
 def run_plan(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
     """Plan: predict the best policy for every beta. Arguments and errors as `climb`."""
+    if config.learn_from == "data":
+        raise ValueError(
+            "plan: learn_from data draws nothing; plan with learn_from draws and a reward, or go on to train"
+        )
     return _run(config, ("plan",), resume, watch)
 
 
@@ -94,7 +99,8 @@ def climb(
     Raises:
         ValueError: for whatever cannot be done, before anything is written; what was begun because of it is removed.
     """
-    return _run(config, VERBS, resume, watch, profile)
+    verbs = VERBS[1:] if config.learn_from == "data" else VERBS
+    return _run(config, verbs, resume, watch, profile)
 
 
 def run_measure(
@@ -280,6 +286,8 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
                 store.undo_run(path)
             raise
         outcome = replace(outcome, beta=beta, plan=record)
+    if "train" in verbs and loaded.judged:
+        pool = _data(loaded, path, watch)
     with tracked(watch, config, path) as told:
         if outcome.plan is not None:
             told.event("plan", outcome.plan)
@@ -305,6 +313,26 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
     return replace(outcome, report=report(path, watch=watch))
 
 
+def _data(loaded: Loaded, path: Path, watch: Watch) -> Pool:
+    """The judged completions under the reference, from draws/data.parquet where a killed run left it."""
+    where, cut = store.draws_path(path, "data"), 0
+    if where.is_file():
+        found = store.read_draws(where, expect_hashes=loaded.hashes)
+        assert found.reward is not None
+        assert found.log_ref is not None
+        return Pool(found.draws, found.reward, found.log_ref, token_log_ref=found.token_log_ref)
+    length = loaded.config.max_completion_length
+    pool = judged_pool(loaded.judged, loaded.reference, max_completion_length=length, progress=watch.progress)
+    if cut := int((~pool.draws.finished).sum()):
+        watch.event(
+            "warning",
+            f"{cut} of {pool.reward.numel()} completions were cut at max_completion_length {length}: what follows is not learned",
+        )
+    where.parent.mkdir(parents=True, exist_ok=True)
+    store.write_pool(where, pool, verb="data", hashes=loaded.hashes)
+    return pool
+
+
 def report(path: Path, *, watch: Watch = UNWATCHED) -> Path | None:
     """Write RUN/report.html; without the packages that draw it, say so and return None: the run itself is done."""
     from klimb.report import write_report
@@ -320,6 +348,10 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
     config = loaded.config
     if config.dataset_test_split is None:
         watch.event("warning", "measured on the training prompts: dataset_test_split is null")
+    if not config.reward_funcs:
+        record = _measured_without_reward(loaded, beta, path, watch)
+        watch.event("measure", record)
+        return record
     found = measure(
         loaded.test_examples[: config.measure_prompts],
         loaded.policy,
@@ -330,6 +362,8 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
         progress=watch.progress,
     )
     record = measure_record(found, target=target_record(config.target))
+    if loaded.judged_test:
+        record["comparisons"] = _orders(loaded, beta, watch)
     if path is not None:
         draws = path / "draws"
         draws.mkdir(parents=True, exist_ok=True)
@@ -338,3 +372,36 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
         store.write_json(path / "measure.json", record)
     watch.event("measure", record)
     return record
+
+
+def _measured_without_reward(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:
+    """What measure.json holds where nobody named a reward: how far the policy went, and how it orders held-out completions."""
+    config = loaded.config
+    pool = away(
+        loaded.test_examples[: config.measure_prompts],
+        loaded.policy,
+        tilt(loaded.reference, loaded.reward, beta),
+        loaded.sampler,
+        num_draws=config.measure_draws,
+        generator=generator_for(config.seed, "measure"),
+        progress=watch.progress,
+    )
+    record = unrewarded_record(pool, _orders(loaded, beta, watch), beta, target=target_record(config.target))
+    if path is not None:
+        where = store.draws_path(path, "measure")
+        where.parent.mkdir(parents=True, exist_ok=True)
+        store.write_pool(where, pool, verb="measure", hashes=loaded.hashes)
+        store.write_json(path / "measure.json", record)
+    return record
+
+
+def _orders(loaded: Loaded, beta: float, watch: Watch) -> dict[str, Any]:
+    pool = judged_pool(
+        loaded.judged_test,
+        loaded.reference,
+        max_completion_length=loaded.config.max_completion_length,
+        progress=watch.progress,
+        what="score held-out completions under the reference",
+    )
+    found = orders(pool, loaded.policy, beta, progress=watch.progress)
+    return {name: estimate.as_dict() for name, estimate in found.items()}

@@ -204,6 +204,11 @@ def _aim(table: Any, target: Mapping[str, Any]) -> None:
 def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> RenderableType:
     table = _grid()
     _aim(table, found["target"])
+    if "gap" not in found:
+        table.add_row("trained policy", f"sequence KL {estimate(found['kl'])} nats")
+        _compared(table, found)
+        table.add_row("gap to the optimum", "unknown: no reward_funcs says what is good")
+        return table
     table.add_row("reference reward", estimate(found["reference"]["reward"]))
     for label, best in (
         ("predicted optimum", plan and plan["optimum"]),
@@ -217,11 +222,22 @@ def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -
     table.add_row("  at sequence KL", estimate(found["kl"]) + " nats")
     table.add_row("gap to the optimum", f"{estimate(found['gap'])} reward  (beta {found['beta']:.4g})")
     table.add_row("share attained", estimate(found["attained"]))
+    _compared(table, found)
     table.add_row("verdict", Text(found["diagnosis"]["verdict"]))
     table.add_row("try next", Text(found["diagnosis"]["advice"]))
     for warning in found["warnings"]:
         table.add_row("warning", Text(warning, style="yellow"))
     return table
+
+
+def _compared(table: Any, found: Mapping[str, Any]) -> None:
+    """How held-out completions are ordered, where some were judged."""
+    orders = found.get("comparisons")
+    if not orders:
+        return
+    table.add_row("held-out accuracy", f"{estimate(orders['accuracy'])} of {orders['accuracy']['n']} pairs")
+    table.add_row("  margin", f"{estimate(orders['margin'])} reward")
+    table.add_row("  surprise", f"{estimate(orders['surprise'])} nats (0.69 knows nothing)")
 
 
 def _places(record: Mapping[str, Any]) -> list[RenderableType]:
@@ -247,6 +263,8 @@ def _step(record: Mapping[str, Any]) -> str:
 
 
 def _found(record: Mapping[str, Any]) -> str:
+    if "margin" in record:
+        return f"accuracy {record['accuracy']:.2f}  margin {record['margin']:.2f}"
     if "reward" not in record:
         spread = record.get("residual_std")
         return "replayed" if spread is None else f"residual sd {spread:.2f} nats"

@@ -26,6 +26,7 @@ from klimb.log_z import LearnedLogZ, learn_log_z, used_and_moved
 from klimb.methods import weighs_by_law, working_with
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.kl_control import adapted_beta
+from klimb.numbers.ordering import ordering
 from klimb.objectives.bind import name_of
 from klimb.steps import Step, TrainState, seen
 
@@ -137,11 +138,19 @@ def train(
         if recipe.kl_target is not None:
             news |= {"beta": aim.beta}
             beta = aim.beta if fresh is None else next_beta(recipe, fresh, aim.beta)
+        if fresh is None and pool.draws.log_q is None:
+            news |= order_of(pool, passed.log_pi, aim.beta)
         if drawn is not None and max_rounds > 1:
             news |= {"prompts_drawn": drawn.num_drawn, "prompts_alike": drawn.num_alike}
         state = TrainState(state.step + 1, order, replay, own_log_z, beta)
         moved |= {"learning_rate": rate, **news}
         yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, target=aim)
+
+
+def order_of(pool: Pool, log_pi: torch.Tensor, beta: float) -> dict[str, float]:
+    """How the policy orders the judged completions of a step, before it learned from them; empty where none differ."""
+    found = ordering(log_pi - pool.log_ref, pool.reward, pool.draws.lengths, beta)
+    return {name: found[name].mean().item() for name in ("accuracy", "margin") if len(found[name])}
 
 
 def require_no_law(recipe: Recipe, known: Mapping[str, torch.Tensor]) -> None:

@@ -81,6 +81,7 @@ def trained(
     state, examples = _first(loaded, pool, target)
     state = _taken_up(path, state, moving, resume, watch)
     choice = chosen(config)
+    of_data = pool.draws.num_draws if pool is not None and loaded.judged else 0
     steps = train(
         examples,
         loaded.policy,
@@ -105,8 +106,8 @@ def trained(
         max_steps=config.max_steps,
         prompts_per_step=config.prompts_per_step,
         num_draws=config.num_generations,
-        num_replay=config.num_replay,
-        replay_steps=config.replay_steps,
+        num_replay=of_data or config.num_replay,
+        replay_steps=config.max_steps if of_data else config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
         max_rounds=1 + config.dynamic_sampling,
         log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
@@ -192,6 +193,8 @@ def _moving(loaded: Loaded) -> Moving:
 def _first(loaded: Loaded, pool: Pool | None, target: Target) -> tuple[TrainState, list[Example]]:
     """The state before the first step, with the plan's pool as the first replay, and the prompts to train on."""
     config, examples = loaded.config, list(loaded.train_examples)
+    if pool is not None and loaded.judged:
+        return TrainState(replay=Replay(limit=pool.draws.num_draws).extended(pool)), examples
     if pool is None or not (config.num_replay > 0 or config.replay_steps > 0 or config.needs_log_z):
         return TrainState(), examples
     replay = Replay(limit=max(Replay().limit, pool.draws.num_draws)).extended(pool)

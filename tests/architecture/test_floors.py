@@ -24,13 +24,13 @@ FLOORS = [  # from the bottom
     {"learn", "log_z"},
     {"batch", "steps"},
     {"plan", "train", "measure", "sample", "climb"},
-    {"report", "store", "config", "dataset", "tasks"},
-    {"trackers", "records", "checkpoint", "watch", "profile"},
+    {"report", "store", "config", "dataset", "comparisons", "tasks"},
+    {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
     {"training", "planning"},
     {"run", "problems"},
     {"screen", "screen_derive", "screen_profile"},
-    {"cli", "cli_methods", "cli_derive", "__main__"},
+    {"cli", "cli_data", "cli_methods", "cli_derive", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

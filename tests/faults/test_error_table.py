@@ -309,7 +309,7 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
         ),
         ("- a\n", ["got list"]),
         ("x: !!python/name:os.system\n", ["not YAML"]),
-        ("dataset_name: a\n", ["reward_funcs is missing"]),
+        ("dataset_name: a\n", ["no reward_funcs: expected a reward"]),
     ]:
         file.write_text(text)
         refused(klimb("climb", "-c", file), words)

@@ -120,11 +120,19 @@ def test_too_few_kept_is_an_error(two):
         replay.draw(two, 1, generator=seeded())
 
 
-@pytest.mark.parametrize(("lacks", "word"), [("log_q", "best of n"), ("texts", "texts")])
-def test_draws_of_an_unknown_law_or_without_texts_are_refused(two, lacks, word):
+def test_draws_without_texts_are_refused(two):
     pool = made(two, 4)
-    with pytest.raises(ValueError, match=rf"got draws without .*{word}.*expected draws of a policy"):
-        Replay().extended(replace(pool, draws=replace(pool.draws, **{lacks: None})))
+    with pytest.raises(ValueError, match="got draws without texts"):
+        Replay().extended(replace(pool, draws=replace(pool.draws, texts=None)))
+
+
+def test_of_draws_of_an_unknown_law_no_law_is_handed_out(two):
+    pool = made(two, 4)
+    unknown = Replay().extended(replace(pool, draws=replace(pool.draws, log_q=None)))
+    assert unknown.draw(two, 4, generator=seeded()).draws.log_q is None
+    mixed = unknown.extended(made(two, 4, first=4))
+    assert mixed.draw(two, 8, generator=seeded()).draws.log_q is None
+    assert Replay().extended(pool).draw(two, 4, generator=seeded()).draws.log_q is not None
 
 
 @pytest.mark.parametrize("known", [True, False, None])

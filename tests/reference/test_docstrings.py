@@ -18,8 +18,7 @@ WITH_EXAMPLES = sorted(
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_the_examples_of_a_module_print_what_they_say(module, capsys):
-    failed, attempted = doctest.testmod(importlib.import_module(module))
-    assert attempted
+    failed, _ = doctest.testmod(importlib.import_module(module))
     assert not failed, capsys.readouterr().out
 
 

@@ -23,6 +23,8 @@ from pydantic import (
 from klimb.nearest import nearest
 
 DESTINATIONS = ("beta", "kl_budget", "reward_goal")
+DRAWN = ("num_generations", "num_replay", "replay_steps", "dynamic_sampling")
+"""options of draws, zero where there are none"""
 UNIONS = {"family": "lora", "target": "tilt"}
 """keys that hold one of several kinds -> the kind unless said"""
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -92,6 +94,7 @@ TRAINED = (
     "exo",
     "info_nca",
     "nca",
+    "sft",
     "reward_weighted",
     "raft",
     "filtered",
@@ -124,7 +127,6 @@ NEED_LOG_Z = frozenset(
 UNTRAINED = {
     "best_of": "it draws and trains nothing: klimb sample --method best_of",
     "rejection": "it draws and trains nothing: klimb sample --method rejection",
-    "sft": "on the policy's own draws it learns nothing; raft and filtered learn from the good ones among them",
     "path_consistency": "its soft values need a critic, which training has not got; log_variance needs none",
 }
 
@@ -203,8 +205,15 @@ class Config(BaseModel):
     max_prompts: Count | None = None
     """plan and train on at most this many prompts, from the start; left out: all"""
 
-    reward_funcs: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
-    """a built-in reward, file.py:function, package.module:function, or a sequence-classification model, also with options as {func: NAME, ...}; one or several"""
+    learn_from: Literal["draws", "data"] = "draws"
+    """completions that are drawn and rewarded, or those of dataset_name: chosen and rejected, labelled, ranked, or alone"""
+    judge: Literal["labels", "scores"] = "labels"
+    """of two completions of data: who won, or the chance that the difference of their scores gives"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """chance that a label of dpo or wpo is wrong"""
+
+    reward_funcs: list[str | dict[str, Any]] = []
+    """a built-in reward, file.py:function, package.module:function, or a sequence-classification model, also with options as {func: NAME, ...}; one or several, none only with learn_from data"""
     reward_weights: list[float] | None = None
     """one a reward; left out: 1 each"""
     reward_cache: Place | None = None
@@ -326,6 +335,10 @@ class Config(BaseModel):
         if not isinstance(data, Mapping):
             return data
         data = dict(data)
+        if data.get("learn_from") == "data":
+            data = {**dict.fromkeys(DRAWN, 0), **{name: x for name, x in data.items() if x is not None}}
+            if all(data.get(name) is None for name in DESTINATIONS):
+                data["beta"] = 0.1
         if all(data.get(name) is None for name in DESTINATIONS):
             data["kl_budget"] = 1.0
         if data.get("num_replay") is None:
@@ -392,6 +405,16 @@ class Config(BaseModel):
                 f"{self.target.kind} is not about; use raft or log_variance, or target.kind tilt"
             )
         self._controls_kl()
+        if self.learn_from == "data":
+            self._learns_from_data()
+            return self
+        if not self.reward_funcs:
+            raise ValueError(
+                "no reward_funcs: expected a reward, or learn_from data with completions that are judged already"
+            )
+        for name in ("judge", "label_smoothing"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is about completions of data; use learn_from data, or leave it out")
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
                 f"num_generations {self.num_generations} with num_replay {self.num_replay}: {self.method} compares the "
@@ -414,12 +437,34 @@ class Config(BaseModel):
                 f"num_minibatches {self.num_minibatches} is more than the {self.prompts_per_step} prompts_per_step; a "
                 "minibatch holds whole prompts, one at least"
             )
+        self._weighs_rewards()
+        return self
+
+    def _weighs_rewards(self) -> None:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"got {len(self.reward_weights)} reward_weights for {len(self.reward_funcs)} reward_funcs, "
                 "expected as many of each"
             )
-        return self
+
+    def _learns_from_data(self) -> None:
+        """Refuse what only draws have."""
+        drawn = [name for name in DRAWN if getattr(self, name)]
+        if drawn:
+            raise ValueError(
+                f"learn_from data draws nothing to learn from: got {', '.join(f'{n} {getattr(self, n)}' for n in drawn)}; leave it out"
+            )
+        if self.beta is None:
+            raise ValueError(
+                "learn_from data: no plan finds a beta for a kl_budget or reward_goal without draws; give a beta"
+            )
+        if self.plan is not None or self.eval_steps is not None or self.kl_target is not None:
+            raise ValueError(
+                "learn_from data has no plan, no evaluation in between and no kl_target; leave plan, eval_steps and kl_target out"
+            )
+        if self.target.kind != "tilt":
+            raise ValueError(f"learn_from data: got target.kind {self.target.kind}, expected tilt")
+        self._weighs_rewards()
 
     def _controls_kl(self) -> None:
         """Refuse a KL controller that could not work."""
@@ -447,7 +492,7 @@ class Config(BaseModel):
     @property
     def needs_plan(self) -> bool:
         """True if training cannot begin without a pool of reference draws."""
-        return (
+        return self.learn_from == "draws" and (
             self.beta is None
             or self.num_replay > 0
             or self.replay_steps > 0

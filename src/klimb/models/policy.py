@@ -92,6 +92,17 @@ class CausalPolicy:
         """The text of a completion, special tokens removed."""
         return self.tokenizer.decode(completion, skip_special_tokens=True)
 
+    def spell(self, text: str, *, max_tokens: int) -> Tensor:
+        """The tokens of a completion that somebody else wrote, as this policy would draw them, its end among them.
+
+        What is longer than `max_tokens` is cut, and then has no end. An end that the text brings along counts once.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        own = self.tokenizer.eos_token_id
+        if not ids or ids[-1] not in self.end:
+            ids = [*ids, own if own in self.end else self.end[0]]
+        return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+
     @property
     def head(self) -> Head:
         """The output embedding with whatever the architecture does to its logits."""

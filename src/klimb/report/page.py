@@ -141,8 +141,28 @@ def figures_of(found: Found) -> list[Figure]:
             ("Efficiency", "frontier_efficiency", "%", "of the reward that this KL could buy"),
             ("log Z", "log_z", "nats", "what the best policy is normalised by"),
         ]
+        orders = measured.get("comparisons") or {}
         found_here = [
             (label, as_estimate(measured.get(key)), unit, said) for label, key, unit, said in wanted
+        ] + [
+            (
+                "Held-out pairs",
+                as_estimate(orders.get("accuracy")),
+                "%",
+                "whose better completion the policy favours more than the reference does",
+            ),
+            (
+                "Their margin",
+                as_estimate(orders.get("margin")),
+                "reward",
+                "beta times how much more it favours them",
+            ),
+            (
+                "Their surprise",
+                as_estimate(orders.get("surprise")),
+                "nats",
+                "of the judgements, by that margin; 0.69 knows nothing",
+            ),
         ]
     else:
         best = predicted(found)

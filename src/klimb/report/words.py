@@ -68,6 +68,13 @@ def headline(found: Found) -> tuple[str, str]:
     of_beta = f" at beta {short(beta)}" if beta else ""
     if found.measurement:
         attained = as_estimate(found.measurement.get("attained"))
+        orders = found.measurement.get("comparisons") or {}
+        right = as_estimate(orders.get("accuracy"))
+        if attained is None and right is not None:
+            return (
+                f"The policy puts {both(right, percent=True)} of held-out pairs in the order in which they were judged.",
+                f"It is {both(as_estimate(found.measurement.get('kl')))} nats from the reference; no reward says how good it is.",
+            )
         if attained is None:
             return f"The policy was measured; how far the best policy{of_beta} still is cannot be told.", ""
         share = both(attained, percent=True)

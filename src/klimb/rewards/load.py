@@ -77,6 +77,16 @@ class Rewards:
     parts: Mapping[str, Tensor]
 
 
+def no_reward(prompts: Sequence[Prompt], completions: Sequence[Any], **columns: object) -> list[float]:
+    """Zero for everything: where completions come judged, and nobody named a reward.
+
+    Example:
+        >>> no_reward(["a"], ["b"])
+        [0.0]
+    """
+    return [0.0] * len(completions)
+
+
 def load_reward(spec: str | Mapping[str, Any]) -> Reward:
     """The reward that a text names, or a mapping `{func: NAME, ...options}`.
 

@@ -22,7 +22,7 @@ class Kept:
     completion: Tensor
     text: str
     finished: bool
-    log_q: float
+    log_q: float | None
     log_ref: float
     reward: float
     full_support: bool | None = True
@@ -44,16 +44,13 @@ class Replay:
         assert self.limit >= 1
 
     def extended(self, pool: Pool) -> Replay:
-        """A replay that also holds the draws of `pool`.
+        """A replay that also holds the draws of `pool`; of those that somebody else wrote no law is known.
 
         Raises:
-            ValueError: nobody knows how likely the draws were (best of n, rejection), or they have no texts.
+            ValueError: they have no texts.
         """
-        if pool.draws.log_q is None or pool.draws.texts is None:
-            lacks = "log_q (best of n and rejection have none)" if pool.draws.log_q is None else "texts"
-            raise ValueError(
-                f"replay: got draws without {lacks}; expected draws of a policy, with the law that they were drawn from"
-            )
+        if pool.draws.texts is None:
+            raise ValueError("replay: got draws without texts; expected draws that were decoded")
         rows = dict(self.rows)
         for p, example in enumerate(pool.draws.examples):
             new = [
@@ -61,7 +58,7 @@ class Replay:
                     pool.draws.completions[p][g],
                     pool.draws.texts[p][g],
                     bool(pool.draws.finished[p, g]),
-                    float(pool.draws.log_q[p, g]),
+                    None if pool.draws.log_q is None else float(pool.draws.log_q[p, g]),
                     float(pool.log_ref[p, g]),
                     float(pool.reward[p, g]),
                     pool.draws.full_support,
@@ -101,7 +98,7 @@ def pool_of(examples: Sequence[Example], kept: Sequence[Sequence[Kept]]) -> Pool
         completions=[[row.completion for row in group] for group in kept],
         finished=table("finished", torch.bool),
         texts=[[row.text for row in group] for group in kept],
-        log_q=table("log_q"),
+        log_q=None if any(row.log_q is None for group in kept for row in group) else table("log_q"),
         full_support=joint_support(row.full_support for group in kept for row in group),
     )
     return Pool(draws, table("reward"), table("log_ref"))

@@ -1,0 +1,43 @@
+"""How a policy orders completions that somebody judged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def ordering(log_rho: Tensor, labels: Tensor, lengths: Tensor, beta: float) -> dict[str, Tensor]:
+    """How a policy orders completions that were judged, a number for each pair whose labels differ.
+
+    Args:
+        log_rho: [P, K] log pi/ref, nats.
+        labels: [P, K].
+        lengths: [P, K] tokens.
+        beta: units of reward per nat.
+
+    Returns:
+        By name, [pairs]: `accuracy` (1 where the better one has the larger ratio, 1/2 where they tie), `margin`
+        (beta times how much larger, units of reward), `surprise` (-log of the chance that a Bradley-Terry reader of the margin
+        gives to what happened, nats; log 2 is knowing nothing) and `longer` (1 where the better one is longer).
+
+    Example:
+        >>> found = ordering(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[3, 5]]), 0.5)
+        >>> {name: round(x.item(), 3) for name, x in found.items()}
+        {'accuracy': 1.0, 'margin': 1.0, 'surprise': 0.313, 'longer': 0.0}
+    """
+    first, second = torch.triu_indices(labels.shape[1], labels.shape[1], 1)
+    sign = (labels[:, first] - labels[:, second]).sign()
+    differ = sign != 0
+    sign = sign[differ]
+
+    def apart(x: Tensor) -> Tensor:
+        return (x[:, first] - x[:, second])[differ] * sign
+
+    margin = beta * apart(log_rho)
+    return {
+        "accuracy": (margin.sign() + 1) / 2,
+        "margin": margin,
+        "surprise": -logsigmoid(margin),
+        "longer": (apart(lengths.float()).sign() + 1) / 2,
+    }
