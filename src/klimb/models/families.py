@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from klimb.models.low_rank import fuse_adapters
 from klimb.models.policy import CausalPolicy, adapters, check_head
+from klimb.models.soft_prompt import save_soft_prompt
 
 
 def full(
@@ -131,6 +132,10 @@ def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
     """Write what `from_pretrained` loads: a peft adapter if there is one, otherwise the whole model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if policy.virtual is not None:
+        save_soft_prompt(policy, folder)
+        policy.tokenizer.save_pretrained(folder)
+        return
     wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
     if wrapped is not None and any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
         wrapped.save_pretrained(folder, selected_adapters=["policy"], safe_serialization=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Example, chunks
+from klimb.models.context import in_context
 from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
 from klimb.models.room import remembering
@@ -36,6 +37,8 @@ class CausalPolicy:
         trainable: the tensors that training may move; empty for a reference.
         max_chunk_tokens: how many completion tokens go through the model together; left out, what keeps the device busy.
         end: the tokens that end a completion.
+        context: what this policy sees before every prompt (`klimb.models.context`), or nothing.
+        virtual: [n, D] embeddings before every prompt, or None (`klimb.models.soft_prompt`).
     """
 
     model: Any
@@ -44,6 +47,8 @@ class CausalPolicy:
     trainable: tuple[Tensor, ...] = ()
     max_chunk_tokens: int | None = None
     end: tuple[int, ...] = field(default=())
+    context: str = ""
+    virtual: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
@@ -73,8 +78,9 @@ class CausalPolicy:
         Raises:
             ValueError: messages for a tokenizer without a chat template, or a prompt of no tokens.
         """
-        if isinstance(example.prompt, str):
-            ids = self.tokenizer(example.prompt)["input_ids"]
+        prompt = in_context(example.prompt, self.context) if self.context else example.prompt
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
         elif self.tokenizer.chat_template is None:
             raise ValueError(
                 "the prompt is a list of chat messages, but the tokenizer has no chat template; give the prompt as "
@@ -82,7 +88,7 @@ class CausalPolicy:
             )
         else:
             ids = self.tokenizer.apply_chat_template(
-                [dict(m) for m in example.prompt], add_generation_prompt=True, tokenize=True, return_dict=True
+                [dict(m) for m in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
         if not ids:
             raise ValueError(f"the prompt {example.prompt!r} has no tokens; expected at least one")
@@ -167,7 +173,9 @@ class CausalPolicy:
         """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L]."""
         from transformers import DynamicCache
 
-        prompts = [self.render(example) for example in examples]
+        extra = 0 if self.virtual is None else len(self.virtual)
+        # virtual tokens stand where their embeddings go; which token it is does not matter
+        prompts = [[0] * extra + self.render(example) for example in examples]
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -177,12 +185,22 @@ class CausalPolicy:
         ids, mask = ids.to(self.device), mask.to(self.device)
         cache = DynamicCache(config=self.model.config)
         out = self.body(
-            input_ids=ids,
+            **self._embedded(ids, mask),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             **remembering(self.model, cache),
         )
         return out.last_hidden_state[:, -1], cache, mask
+
+    def _embedded(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What the model reads: token ids, or their embeddings with the virtual tokens where each row begins."""
+        if self.virtual is None:
+            return {"input_ids": ids}
+        place = mask.cumsum(1) - 1
+        here = (mask == 1) & (place < len(self.virtual))
+        embeddings = self.model.get_input_embeddings()(ids)
+        own = self.virtual[place.clamp(0, len(self.virtual) - 1)]
+        return {"inputs_embeds": torch.where(here[..., None], own, embeddings)}
 
 
 @torch.no_grad()

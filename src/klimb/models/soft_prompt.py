@@ -1,0 +1,109 @@
+"""The family of soft prompts: a few trained vectors before the prompt, where a text would be embedded; all weights stay.
+
+n virtual tokens, D width. Kept as peft's prompt tuning, which `from_pretrained` loads.
+
+Source: Lester, Al-Rfou, Constant, "The power of scale for parameter-efficient prompt tuning", 2021.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klimb.models.policy import CausalPolicy, check_head
+
+WEIGHTS = "prompt_embeddings"
+
+
+def soft_prompt(
+    model: Any,
+    tokenizer: Any,
+    *,
+    num_virtual_tokens: int,
+    init: str | None = None,
+    seed: int = 0,
+    max_chunk_tokens: int | None = None,
+) -> tuple[CausalPolicy, CausalPolicy]:
+    """Virtual tokens move, the model does not. Returns (policy, reference); the reference has none.
+
+    Args:
+        model: a loaded causal language model.
+        tokenizer: its tokenizer.
+        num_virtual_tokens: n.
+        init: a text whose embeddings they start as: cut into n runs of tokens, the mean of each, so that all of a long text is in
+            it; a short one is repeated. None: the embeddings of tokens drawn at random.
+        seed: of that.
+        max_chunk_tokens: how many completion tokens go through the model together.
+
+    Raises:
+        ValueError: a text of no tokens; an architecture whose logits klimb cannot form.
+    """
+    model.eval()
+    model.requires_grad_(False)
+    reference = CausalPolicy(model, tokenizer, max_chunk_tokens=max_chunk_tokens)
+    check_head(reference)
+    table = model.get_input_embeddings()
+    if init is None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(table.num_embeddings, (num_virtual_tokens,), generator=generator)
+        start = table(ids.to(model.device))
+    else:
+        ids = tokenizer(init, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"soft_prompt: the text {init!r} to start from has no tokens")
+        while len(ids) < num_virtual_tokens:
+            ids = ids + ids
+        runs = torch.tensor(ids).tensor_split(num_virtual_tokens)
+        start = torch.stack([table(run.to(model.device)).mean(0) for run in runs])
+    virtual = start.detach().clone().requires_grad_()
+    return replace(reference, virtual=virtual, trainable=(virtual,)), reference
+
+
+def save_soft_prompt(policy: CausalPolicy, folder: str | Path) -> None:
+    """Write the virtual tokens as a peft adapter."""
+    from peft import PromptTuningConfig
+    from safetensors.torch import save_file
+
+    assert policy.virtual is not None
+    config = policy.model.config.get_text_config()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=len(policy.virtual),
+        token_dim=policy.virtual.shape[1],
+        num_transformer_submodules=1,
+        num_attention_heads=config.num_attention_heads,
+        num_layers=config.num_hidden_layers,
+        base_model_name_or_path=getattr(policy.model.config, "_name_or_path", None),
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    weights = {WEIGHTS: policy.virtual.detach().cpu().contiguous()}
+    save_file(weights, Path(folder) / "adapter_model.safetensors")
+
+
+def is_soft_prompt(folder: str | Path) -> bool:
+    """True if a folder holds virtual tokens."""
+    file = Path(folder) / "adapter_config.json"
+    return file.is_file() and json.loads(file.read_text()).get("peft_type") == "PROMPT_TUNING"
+
+
+def load_soft_prompt(reference: CausalPolicy, folder: str | Path) -> CausalPolicy:
+    """The policy of the virtual tokens in a folder, before the reference's prompts.
+
+    Raises:
+        ValueError: they are not as wide as the model.
+    """
+    from safetensors.torch import load_file
+
+    virtual: Tensor = load_file(Path(folder) / "adapter_model.safetensors")[WEIGHTS]
+    width = reference.model.get_input_embeddings().weight.shape[1]
+    if virtual.ndim != 2 or virtual.shape[1] != width:
+        raise ValueError(
+            f"{folder}: got virtual tokens of shape {list(virtual.shape)}, expected [n, {width}] for this model"
+        )
+    return replace(reference, virtual=virtual.to(reference.device, reference.model.dtype))
