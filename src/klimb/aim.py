@@ -12,6 +12,8 @@ from klimb.target import entropy_bonus, length_normalized, tilt
 REWARD_OF = {
     "entropy_bonus": "rewards are reward - bonus log ref, and beta is the configuration's plus the bonus",
     "length_normalized": "rewards are reward / tokens",
+    "context": "rewards are log p/ref, where p is the reference under the context",
+    "teacher": "rewards are log p/ref, where p is the teacher",
 }
 """what the numbers of plan.json and measure.json are of, where it is not the plain reward"""
 

@@ -65,6 +65,8 @@ def chosen(config: Config) -> Choice:
         >>> chosen(load(None, words)).fresh_only
         True
     """
+    if config.method == "distill":
+        raise ValueError("distill has no objective of draws; see klimb.distil")
     row = method(config.method)
     assert row.objective is not None, config.method
     for message in refusals(config, row):
@@ -94,6 +96,23 @@ def chosen(config: Config) -> Choice:
         has_critic=has_critic,
         fresh_only=fresh_only(row),
     )
+
+
+def check_method(config: Config) -> None:
+    """Refuse a method, or a divergence of distill, that is not there or does not go with the rest.
+
+    Raises:
+        ValueError: which, and what would.
+
+    Example:
+        >>> from klimb.config import load
+        >>> words = ["--dataset_name", "a.jsonl", "--method", "distill", "--target.context", "Be brief."]
+        >>> check_method(load(None, [*words, "--divergence", "skew_kl(0.1)"]))
+    """
+    if config.method == "distill":
+        divergence(config.divergence)
+    else:
+        chosen(config)
 
 
 def _judging_data(config: Config, objective: Numbers) -> Numbers:

@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 
-from klimb.choice import chosen
+from klimb.choice import check_method, chosen
 from klimb.comparisons import Judged, load_judged
-from klimb.config import Config, Lora
+from klimb.config import TAUGHT, Config, Context, Lora, SoftPrompt, Teacher
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
 from klimb.models.families import full, lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, adapters, check_head
+from klimb.models.soft_prompt import is_soft_prompt, load_soft_prompt, soft_prompt
+from klimb.nearest import nearest_file
 from klimb.rewards.cache import reward_cache
 from klimb.rewards.load import check_columns, load_reward, no_reward, source_hash, weighted_sum
+from klimb.rewards.log_ratio import LogRatio
 from klimb.samplers.ancestral import ancestral
 from klimb.trackers import check_trackers
 
@@ -44,6 +47,7 @@ class Loaded:
         hashes: what a pool of draws depends on.
         judged: with learn_from data, the judged completions to learn from; else none.
         judged_test: those held out.
+        teacher: where the target is a policy: that policy.
     """
 
     config: Config
@@ -56,6 +60,7 @@ class Loaded:
     hashes: Mapping[str, str]
     judged: Sequence[Judged] = ()
     judged_test: Sequence[Judged] = ()
+    teacher: CausalPolicy | None = None
 
 
 def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loaded:
@@ -68,7 +73,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
     Raises:
         ValueError: a prompt, reward, model or tracker that is not there or does not fit.
     """
-    chosen(config)
+    check_method(config)
     check_trackers(config.report_to)
     judged, judged_test = _judged(config) if config.learn_from == "data" else ([], [])
     if judged:
@@ -89,14 +94,19 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
     check_columns(
         reward, dict.fromkeys(name for x in [*train_examples, *test_examples] for name in x.columns)
     )
-    policy, reference = _policies(config, policy_folder)
+    context = _context(config)
+    policy, reference = _policies(config, policy_folder, context)
+    teacher = _teacher(config, reference, context) if config.target.kind in TAUGHT else None
+    if teacher is not None:
+        reward = LogRatio(teacher, reference)
+    everyone = [who for who in (policy, reference, teacher) if who is not None]
     for example in [*train_examples, *test_examples]:
-        tokens = max(len(who.render(example)) for who in (policy, reference))
-        if tokens + config.max_completion_length > min(policy.context_length, reference.context_length):
+        tokens = max(len(who.render(example)) for who in everyone)
+        if tokens + config.max_completion_length > min(who.context_length for who in everyone):
             raise ValueError(
                 f"the prompt {str(example.prompt)[:60]!r}... has {tokens} tokens; with max_completion_length "
                 f"{config.max_completion_length} that is longer than the model's context of "
-                f"{min(policy.context_length, reference.context_length)}; shorten one"
+                f"{min(who.context_length for who in everyone)}; shorten one"
             )
     sampler: Any = partial(
         ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
@@ -111,14 +121,69 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         sampler=sampler,
         hashes={
             "model": fingerprint(reference),
-            "reward": source_hash(reward),
+            "reward": source_hash(reward)
+            if teacher is None
+            else _sha256(f"{fingerprint(teacher)} {teacher.context}"),
             "template": _sha256(str(reference.tokenizer.chat_template)),
             "max_completion_length": str(config.max_completion_length),
             **({"data": _sha256(repr(judged))} if judged else {}),
         },
         judged=judged[: config.max_prompts],
         judged_test=judged_test,
+        teacher=teacher,
     )
+
+
+def _context(config: Config) -> str | None:
+    """The text of a target that is a context."""
+    aim = config.target
+    if not isinstance(aim, Context):
+        return None
+    if aim.context is not None:
+        return aim.context
+    assert aim.context_file is not None
+    file = Path(aim.context_file)
+    if not file.is_file():
+        raise ValueError(f"target.context_file {file}: no such file{nearest_file(file)}")
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if not text:
+        raise ValueError(f"{file}: the context is empty; there is nothing to learn from it")
+    return text
+
+
+def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> CausalPolicy:
+    """The policy that is the target."""
+    if context is not None:
+        return replace(reference, context=context)
+    assert isinstance(config.target, Teacher)
+    name = config.target.teacher
+    model, words = load_model(name, **_options(config))
+    if words.get_vocab() != reference.tokenizer.get_vocab():
+        raise ValueError(
+            f"target.teacher {name}: its tokenizer has other words than that of {config.model_name_or_path}; expected a model of "
+            "the same tokenizer: no law of the next token is shared between two"
+        )
+    teacher = CausalPolicy(model, words, max_chunk_tokens=config.max_chunk_tokens)
+    check_head(teacher)
+    sizes = [who.head.weight.shape[0] for who in (teacher, reference)]
+    if sizes[0] != sizes[1] or set(teacher.end) != set(reference.end):
+        raise ValueError(
+            f"target.teacher {name}: got {sizes[0]} logits and the ends {sorted(teacher.end)}, expected {sizes[1]} and "
+            f"{sorted(reference.end)} as of {config.model_name_or_path}"
+        )
+    return teacher
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """How models are loaded."""
+    return {
+        "dtype": None if config.dtype is None else DTYPES[config.dtype],
+        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
@@ -143,18 +208,20 @@ def _objective(config: Config) -> Any:
     return chosen(config).objective
 
 
-def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalPolicy, CausalPolicy]:
-    options: dict[str, Any] = {
-        "dtype": None if config.dtype is None else DTYPES[config.dtype],
-        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        "trust_remote_code": config.trust_remote_code,
-    }
+def _policies(
+    config: Config, policy_folder: str | Path | None, context: str | None
+) -> tuple[CausalPolicy, CausalPolicy]:
+    options = _options(config)
     size = config.max_chunk_tokens
     model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
     start = config.family.start if isinstance(config.family, Lora) else None
     if policy_folder is not None and not Path(policy_folder).is_dir():
         raise ValueError(f"{policy_folder}: no such folder; expected a trained policy, such as RUN/policy")
-    if policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
+    if policy_folder is not None and is_soft_prompt(policy_folder):
+        reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
+        check_head(reference)
+        policy = load_soft_prompt(reference, policy_folder)
+    elif policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
         policy, reference = lora(model, tokenizer, start=policy_folder, max_chunk_tokens=size)
         assert isinstance(policy.activate, partial)
         wrapped = policy.activate.args[0]
@@ -180,6 +247,17 @@ def _policies(config: Config, policy_folder: str | Path | None) -> tuple[CausalP
             target_modules=config.family.target_modules,
             layers=config.family.layers,
             start=start,
+            seed=config.seed,
+            max_chunk_tokens=size,
+        )
+    elif isinstance(config.family, SoftPrompt):
+        init = config.family.init
+        start = context if init == "context" else None if init == "random" else init
+        policy, reference = soft_prompt(
+            model,
+            tokenizer,
+            num_virtual_tokens=config.family.num_virtual_tokens,
+            init=start,
             seed=config.seed,
             max_chunk_tokens=size,
         )
@@ -230,6 +308,8 @@ def generator_for(seed: int, purpose: str) -> torch.Generator:
 
 def reward_hashes(loaded: Loaded) -> dict[str, str]:
     """The sha256 of each reward's code, by its name."""
+    if loaded.teacher is not None:
+        return {"teacher": loaded.hashes["reward"]}
     parts: Any = loaded.reward
     return {name: source_hash(part) for name, part in parts.rewards.items()}
 

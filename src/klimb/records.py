@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from klimb.data import Pool
+from klimb.distil import Distance
 from klimb.measure import Measurement
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
@@ -116,6 +117,32 @@ def unrewarded_record(
         "warnings": [],
         "num_prompts": pool.draws.num_prompts,
         "num_draws": pool.draws.num_draws,
+    }
+
+
+def distance_record(
+    found: Distance, *, target: Mapping[str, Any], prompt_tokens: Mapping[str, float]
+) -> dict[str, Any]:
+    """What measure.json holds where the target is a policy."""
+    names = ("forward", "forward_reference", "closed", "reverse", "reverse_reference")
+    sides = ("teacher", "policy", "reference")
+    texts = {name: getattr(found, f"{name}_draws").texts for name in sides}
+    examples = found.teacher_draws.examples
+    return {
+        "target": target,
+        "beta": 1.0,
+        "distance": {
+            **{name: getattr(found, name).as_dict() for name in names},
+            "tokens": found.tokens,
+            "prompt_tokens": dict(prompt_tokens),
+        },
+        "side_by_side": [
+            {"prompt": example.prompt, **{name: texts[name][p][0] for name in sides}}
+            for p, example in enumerate(examples[:8])
+        ],
+        "warnings": [],
+        "num_prompts": found.teacher_draws.num_prompts,
+        "num_draws": found.teacher_draws.num_draws,
     }
 
 

@@ -22,13 +22,15 @@ from klimb import store
 from klimb.aim import aimed_at, target_record
 from klimb.config import DESTINATIONS, Config
 from klimb.data import Pool, stack_pools
+from klimb.distil import distance
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
 from klimb.measure import away, measure
+from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
 from klimb.offline import judged_pool, orders
 from klimb.planning import planned, replanned
-from klimb.records import measure_record, unrewarded_record
+from klimb.records import distance_record, measure_record, unrewarded_record
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -99,7 +101,7 @@ def climb(
     Raises:
         ValueError: for whatever cannot be done, before anything is written; what was begun because of it is removed.
     """
-    verbs = VERBS[1:] if config.learn_from == "data" else VERBS
+    verbs = VERBS[1:] if config.learn_from == "data" or config.method == "distill" else VERBS
     return _run(config, verbs, resume, watch, profile)
 
 
@@ -348,6 +350,10 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
     config = loaded.config
     if config.dataset_test_split is None:
         watch.event("warning", "measured on the training prompts: dataset_test_split is null")
+    if loaded.teacher is not None:
+        record = _measured_distance(loaded, loaded.teacher, path, watch)
+        watch.event("measure", record)
+        return record
     if not config.reward_funcs:
         record = _measured_without_reward(loaded, beta, path, watch)
         watch.event("measure", record)
@@ -405,3 +411,34 @@ def _orders(loaded: Loaded, beta: float, watch: Watch) -> dict[str, Any]:
     )
     found = orders(pool, loaded.policy, beta, progress=watch.progress)
     return {name: estimate.as_dict() for name, estimate in found.items()}
+
+
+def _measured_distance(
+    loaded: Loaded, teacher: CausalPolicy, path: Path | None, watch: Watch
+) -> dict[str, Any]:
+    """What measure.json holds where the target is a policy: both KLs, before and after, and what a context cost."""
+    config = loaded.config
+    examples = loaded.test_examples[: config.measure_prompts]
+    found = distance(
+        examples,
+        loaded.policy,
+        loaded.reference,
+        teacher,
+        loaded.sampler,
+        num_draws=config.measure_draws,
+        generator=generator_for(config.seed, "measure"),
+        progress=watch.progress,
+    )
+    virtual = 0 if loaded.policy.virtual is None else len(loaded.policy.virtual)
+    lengths = {
+        name: sum(len(who.render(example)) for example in examples) / len(examples)
+        for name, who in (("teacher", teacher), ("policy", loaded.policy))
+    }
+    record = distance_record(
+        found,
+        target=target_record(config.target),
+        prompt_tokens={**lengths, "policy": lengths["policy"] + virtual, "virtual": virtual},
+    )
+    if path is not None:
+        store.write_json(path / "measure.json", record)
+    return record

@@ -204,6 +204,9 @@ def _aim(table: Any, target: Mapping[str, Any]) -> None:
 def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> RenderableType:
     table = _grid()
     _aim(table, found["target"])
+    if "distance" in found:
+        _distance(table, found["distance"])
+        return table
     if "gap" not in found:
         table.add_row("trained policy", f"sequence KL {estimate(found['kl'])} nats")
         _compared(table, found)
@@ -228,6 +231,19 @@ def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -
     for warning in found["warnings"]:
         table.add_row("warning", Text(warning, style="yellow"))
     return table
+
+
+def _distance(table: Any, found: Mapping[str, Any]) -> None:
+    """How far a policy is from the policy that is its target, before and after."""
+    tokens, lengths = found["tokens"], found["prompt_tokens"]
+    table.add_row("KL(target||reference)", f"{estimate(found['forward_reference'])} nats")
+    a_token = found["forward"]["value"] / tokens
+    table.add_row("KL(target||policy)", f"{estimate(found['forward'])} nats  ({a_token:.3f} a token)")
+    table.add_row("  closed", estimate(found["closed"]))
+    table.add_row("KL(policy||target)", f"{estimate(found['reverse'])} nats")
+    table.add_row("  before", f"{estimate(found['reverse_reference'])} nats")
+    if lengths["teacher"] != lengths["policy"]:
+        table.add_row("prompt", f"{lengths['policy']:.0f} tokens in the place of {lengths['teacher']:.0f}")
 
 
 def _compared(table: Any, found: Mapping[str, Any]) -> None:
@@ -263,6 +279,8 @@ def _step(record: Mapping[str, Any]) -> str:
 
 
 def _found(record: Mapping[str, Any]) -> str:
+    if "divergence_a_token" in record:
+        return f"divergence {record['objective_value']:.2f} nats, {record['divergence_a_token']:.3f} a token"
     if "margin" in record:
         return f"accuracy {record['accuracy']:.2f}  margin {record['margin']:.2f}"
     if "reward" not in record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from klimb.checkpoint import Moving, restore, saved
 from klimb.choice import caution, chosen
 from klimb.config import Config
 from klimb.data import Example, Pool, Target
+from klimb.distil import Lesson, distil
 from klimb.learn import Recipe
 from klimb.loaded import Loaded, generator_for
 from klimb.log_z import plan_log_z, start_learned, start_log_z
@@ -80,43 +81,11 @@ def trained(
     moving = _moving(loaded)
     state, examples = _first(loaded, pool, target)
     state = _taken_up(path, state, moving, resume, watch)
-    choice = chosen(config)
-    of_data = pool.draws.num_draws if pool is not None and loaded.judged else 0
-    steps = train(
-        examples,
-        loaded.policy,
-        target,
-        loaded.sampler,
-        Recipe(
-            choice.objective,
-            choice.derived,
-            in_nats=choice.in_nats,
-            num_iterations=config.num_iterations,
-            num_minibatches=config.num_minibatches,
-            kl_stop=config.kl_stop,
-            kl_target=config.kl_target,
-            kl_horizon=config.kl_horizon,
-            max_grad_norm=config.max_grad_norm,
-            critic=moving.critic,
-            critic_optimizer=moving.critic_optimizer,
-            value_clip=config.value_clip,
-            log_z_rate=config.log_z_learning_rate,
-        ),
-        moving.optimizer,
-        max_steps=config.max_steps,
-        prompts_per_step=config.prompts_per_step,
-        num_draws=config.num_generations,
-        num_replay=of_data or config.num_replay,
-        replay_steps=config.max_steps if of_data else config.replay_steps,
-        keep_fresh=config.keep_fresh and config.num_replay > 0,
-        max_rounds=1 + config.dynamic_sampling,
-        log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
-        scheduler=moving.scheduler,
-        state=state,
-        generator=moving.generator,
-    )
-    if (said := caution(config)) is not None:
-        watch.event("warning", said)
+    steps = _taught(loaded, moving, state, examples)
+    if steps is None:
+        steps = _steps(loaded, target, moving, state, examples, pool)
+        if (said := caution(config)) is not None:
+            watch.event("warning", said)
     seen = Seen()
     if profile:
         which = steps_to_look_at(state.step, config.max_steps, replay_steps=config.replay_steps)
@@ -158,6 +127,82 @@ def trained(
     return Trained(state, stopped, _profiled(seen, path, loaded, moving))
 
 
+def _taught(
+    loaded: Loaded, moving: Moving, state: TrainState, examples: list[Example]
+) -> Iterator[Step] | None:
+    """The steps of method distill; None for any other."""
+    config = loaded.config
+    if config.method != "distill":
+        return None
+    assert loaded.teacher is not None
+    return distil(
+        examples,
+        loaded.policy,
+        loaded.sampler,
+        Lesson(
+            loaded.teacher,
+            divergence=config.divergence,
+            teacher_draws=config.teacher_draws,
+            top_k=config.top_k,
+            max_grad_norm=config.max_grad_norm,
+        ),
+        moving.optimizer,
+        max_steps=config.max_steps,
+        prompts_per_step=config.prompts_per_step,
+        num_draws=config.num_generations,
+        scheduler=moving.scheduler,
+        state=state,
+        generator=moving.generator,
+    )
+
+
+def _steps(
+    loaded: Loaded,
+    target: Target,
+    moving: Moving,
+    state: TrainState,
+    examples: list[Example],
+    pool: Pool | None,
+) -> Iterator[Step]:
+    """The steps of every other method."""
+    config = loaded.config
+    choice = chosen(config)
+    of_data = pool.draws.num_draws if pool is not None and loaded.judged else 0
+    return train(
+        examples,
+        loaded.policy,
+        target,
+        loaded.sampler,
+        Recipe(
+            choice.objective,
+            choice.derived,
+            in_nats=choice.in_nats,
+            num_iterations=config.num_iterations,
+            num_minibatches=config.num_minibatches,
+            kl_stop=config.kl_stop,
+            kl_target=config.kl_target,
+            kl_horizon=config.kl_horizon,
+            max_grad_norm=config.max_grad_norm,
+            critic=moving.critic,
+            critic_optimizer=moving.critic_optimizer,
+            value_clip=config.value_clip,
+            log_z_rate=config.log_z_learning_rate,
+        ),
+        moving.optimizer,
+        max_steps=config.max_steps,
+        prompts_per_step=config.prompts_per_step,
+        num_draws=config.num_generations,
+        num_replay=of_data or config.num_replay,
+        replay_steps=config.max_steps if of_data else config.replay_steps,
+        keep_fresh=config.keep_fresh and config.num_replay > 0,
+        max_rounds=1 + config.dynamic_sampling,
+        log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
+        scheduler=moving.scheduler,
+        state=state,
+        generator=moving.generator,
+    )
+
+
 def _profiled(seen: Seen, path: Path, loaded: Loaded, moving: Moving) -> dict[str, Any] | None:
     """Write down what a profiler saw, if it saw a step to its end; what profile.json holds."""
     if not seen.spans:
@@ -176,7 +221,7 @@ def _moving(loaded: Loaded) -> Moving:
         weight_decay=config.weight_decay,
     )
     critic, critic_optimizer = None, None
-    if chosen(config).has_critic:
+    if config.method != "distill" and chosen(config).has_critic:
         critic = Critic(loaded.policy.model.config.get_text_config().hidden_size)
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.value_learning_rate)
     return Moving(

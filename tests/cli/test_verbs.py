@@ -175,10 +175,10 @@ def test_what_is_loaded_before_it_is_needed():
 def test_small_commands(klimb):
     status, out, _ = klimb("schema")
     kinds = json.loads(out)["properties"]["target"]["discriminator"]["mapping"]
-    assert set(kinds) == {"tilt", "entropy_bonus", "length_normalized"}
+    assert set(kinds) == {"tilt", "entropy_bonus", "length_normalized", "context", "teacher"}
     fields = json.loads(out)["properties"]
     assert status == 0
-    assert 40 <= len(fields) <= 72
+    assert 40 <= len(fields) <= 75
     assert all("description" in field or "$ref" in str(field) for field in fields.values())
     status, out, _ = klimb("env")
     assert "torch" in json.loads(out)["versions"]

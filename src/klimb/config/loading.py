@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from klimb.config.options import PYTHON_ONLY, UNIONS, Config
+from klimb.config.options import PYTHON_ONLY, UNIONS, Config, Context
 from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, parted
 
@@ -201,6 +201,14 @@ def _found(config: Config, folder: Path) -> Config:
         update={
             "dataset_name": beside(config.dataset_name),
             "reward_funcs": [reward(spec) for spec in config.reward_funcs],
+            **_target_found(config, beside),
             **({} if config.plan is None else {"plan": beside(config.plan)}),
         }
     )
+
+
+def _target_found(config: Config, beside: Callable[[str], str]) -> dict[str, Any]:
+    """The target, its file beside the YAML file."""
+    if not isinstance(config.target, Context) or config.target.context_file is None:
+        return {}
+    return {"target": config.target.model_copy(update={"context_file": beside(config.target.context_file)})}

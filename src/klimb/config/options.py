@@ -63,6 +63,18 @@ class Full(BaseModel):
     kind: Literal["full"] = "full"
 
 
+class SoftPrompt(BaseModel):
+    """A few trained vectors before the prompt; the model stays."""
+
+    model_config = STRICT
+
+    kind: Literal["soft_prompt"] = "soft_prompt"
+    num_virtual_tokens: Count = 16
+    """how many"""
+    init: str = "context"
+    """what they start as: the target's context, a text of your own, or random"""
+
+
 # written out, since the table itself needs torch; a test compares the two
 TRAINED = (
     "log_variance",
@@ -157,10 +169,42 @@ class LengthNormalized(BaseModel):
     kind: Literal["length_normalized"] = "length_normalized"
 
 
+class Context(BaseModel):
+    """The reference under a context, which the policy learns to do without; Z = 1 and beta is 1."""
+
+    model_config = STRICT
+
+    kind: Literal["context"] = "context"
+    context: str | None = None
+    """the text, a system prompt for chats"""
+    context_file: Place | None = None
+    """a file that holds it"""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Context:
+        if (self.context is None) == (self.context_file is None):
+            raise ValueError("expected one of context (a text) and context_file")
+        if self.context is not None and not self.context.strip():
+            raise ValueError("the context is empty; there is nothing to learn from it")
+        return self
+
+
+class Teacher(BaseModel):
+    """Another model of the same vocabulary; Z = 1 and beta is 1."""
+
+    model_config = STRICT
+
+    kind: Literal["teacher"] = "teacher"
+    teacher: str
+    """hub id or local folder"""
+
+
+TAUGHT = ("context", "teacher")
+"""kinds of target that are a policy themselves"""
 BOUND = 0.2
 """most by which a KL controller's relative error counts (a test compares it with klimb.numbers.kl_control)"""
 
-Aim = PlainTilt | EntropyBonus | LengthNormalized
+Aim = PlainTilt | EntropyBonus | LengthNormalized | Context | Teacher
 """the targets that a run can have"""
 PYTHON_ONLY = {
     "moving_reference": "moving_reference",
@@ -191,7 +235,7 @@ class Config(BaseModel):
     """run Python code that comes with the model"""
     reference: str | None = None
     """another model of the same tokenizer; left out: the starting policy"""
-    family: Annotated[Lora | Full, Field(discriminator="kind")] = Lora()
+    family: Annotated[Lora | Full | SoftPrompt, Field(discriminator="kind")] = Lora()
     """which weights move"""
 
     dataset_name: str
@@ -234,7 +278,13 @@ class Config(BaseModel):
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
 
     method: str = "log_variance"
-    """the objective; klimb methods lists them"""
+    """the objective; klimb methods lists them; distill for a target that is a policy, token by token"""
+    divergence: str = "forward_kl"
+    """of distill, over the whole vocabulary: forward_kl, reverse_kl, jensen_shannon, skew_kl(0.1), ..."""
+    teacher_draws: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """of distill: share of the steps that learn from completions of the target; the others from the policy's own"""
+    top_k: Count | None = None
+    """of distill: the target's likeliest tokens that count one by one, the rest as one; left out: all"""
     num_generations: Amount = 8
     """fresh completions a prompt in a step"""
     num_replay: Amount = 8
@@ -339,6 +389,9 @@ class Config(BaseModel):
             data = {**dict.fromkeys(DRAWN, 0), **{name: x for name, x in data.items() if x is not None}}
             if all(data.get(name) is None for name in DESTINATIONS):
                 data["beta"] = 0.1
+        target = data.get("target")
+        if isinstance(target, Mapping) and {*TAUGHT, "context_file"} & {*target, target.get("kind")}:
+            data["beta"] = 1.0 if data.get("beta") is None else data["beta"]
         if all(data.get(name) is None for name in DESTINATIONS):
             data["kl_budget"] = 1.0
         if data.get("num_replay") is None:
@@ -346,7 +399,12 @@ class Config(BaseModel):
         for name, kind in UNIONS.items():
             given = data.get(name)
             if isinstance(given, Mapping) and "kind" not in given:
-                data[name] = {"kind": kind, **given}
+                said = [
+                    own for own in TAUGHT if name == "target" and any(key.startswith(own) for key in given)
+                ]
+                data[name] = {"kind": said[0] if said else kind, **given}
+        if data.get("method") == "distill":
+            data = {**dict.fromkeys(DRAWN[1:], 0), **{name: x for name, x in data.items() if x is not None}}
         return data
 
     @field_validator("reward_funcs", mode="before")
@@ -378,6 +436,8 @@ class Config(BaseModel):
     @field_validator("method")
     @classmethod
     def _method_is_known(cls, method: str) -> str:
+        if method == "distill":
+            return method
         if method in UNTRAINED:
             raise ValueError(UNTRAINED[method])
         if method.partition("(")[0] in FAMILIES and method.endswith(")"):
@@ -408,7 +468,9 @@ class Config(BaseModel):
         if self.learn_from == "data":
             self._learns_from_data()
             return self
-        if not self.reward_funcs:
+        if self._is_taught():
+            return self
+        if not self.reward_funcs and self.target.kind not in TAUGHT:
             raise ValueError(
                 "no reward_funcs: expected a reward, or learn_from data with completions that are judged already"
             )
@@ -439,6 +501,36 @@ class Config(BaseModel):
             )
         self._weighs_rewards()
         return self
+
+    def _is_taught(self) -> bool:
+        """True if the target is a policy and nothing else has to be looked at."""
+        taught = self.target.kind in TAUGHT
+        if self.method == "distill" and not taught:
+            raise ValueError(
+                f"distill learns from a target that is a policy, got target.kind {self.target.kind}; give target.context, "
+                "target.context_file or target.teacher"
+            )
+        asked = [
+            n
+            for n in ("divergence", "teacher_draws", "top_k")
+            if getattr(self, n) != type(self).model_fields[n].default
+        ]
+        if asked and self.method != "distill":
+            raise ValueError(f"{asked[0]} is an option of method distill, got {self.method}; leave it out")
+        if not taught:
+            return False
+        if self.reward_funcs or self.beta != 1.0:
+            raise ValueError(
+                f"target.kind {self.target.kind} is a law already: no reward_funcs, and beta is 1; leave both out"
+            )
+        if self.method == "distill":
+            drawn = [name for name in DRAWN[1:] if getattr(self, name)]
+            if drawn or self.num_generations < 1 or self.eval_steps is not None or self.kl_target is not None:
+                raise ValueError(
+                    "distill learns from num_generations fresh completions, one or more, and from nothing kept; leave "
+                    f"{', '.join((*DRAWN[1:], 'eval_steps', 'kl_target'))} out"
+                )
+        return self.method == "distill"
 
     def _weighs_rewards(self) -> None:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
@@ -492,12 +584,16 @@ class Config(BaseModel):
     @property
     def needs_plan(self) -> bool:
         """True if training cannot begin without a pool of reference draws."""
-        return self.learn_from == "draws" and (
-            self.beta is None
-            or self.num_replay > 0
-            or self.replay_steps > 0
-            or self.plan is not None
-            or self.needs_log_z
+        return (
+            self.learn_from == "draws"
+            and self.method != "distill"
+            and (
+                self.beta is None
+                or self.num_replay > 0
+                or self.replay_steps > 0
+                or self.plan is not None
+                or self.needs_log_z
+            )
         )
 
     @property

@@ -70,6 +70,14 @@ def headline(found: Found) -> tuple[str, str]:
         attained = as_estimate(found.measurement.get("attained"))
         orders = found.measurement.get("comparisons") or {}
         right = as_estimate(orders.get("accuracy"))
+        apart = found.measurement.get("distance") or {}
+        closed = as_estimate(apart.get("closed"))
+        if closed is not None:
+            return (
+                f"The policy has closed {both(closed, percent=True)} of the KL from its target to the reference.",
+                f"KL(target‖policy) is {both(as_estimate(apart.get('forward')))} nats a completion, before it was "
+                f"{both(as_estimate(apart.get('forward_reference')))}.",
+            )
         if attained is None and right is not None:
             return (
                 f"The policy puts {both(right, percent=True)} of held-out pairs in the order in which they were judged.",

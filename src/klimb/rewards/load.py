@@ -37,6 +37,7 @@ from torch import Tensor
 from klimb.data import Draws, Prompt, Reward
 from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, bound, made, parted
+from klimb.rewards.log_ratio import LogRatio
 
 LARGEST = torch.finfo(torch.float32).max
 SHOWN = reprlib.Repr()
@@ -213,6 +214,8 @@ def score(reward: Reward, draws: Draws) -> Rewards:
 
     Not the same as TRL, which also passes trainer_state, log_extra and log_metric.
     """
+    if isinstance(reward, LogRatio):
+        return Rewards(reward.of_draws(draws), {})
     if draws.texts is None:
         raise ValueError(
             "score: got draws without texts, expected decoded ones; decode the completions first"

@@ -1,0 +1,159 @@
+"""A policy that is the target, end to end on the tiny model: a context or a teacher, adapters or a soft prompt."""
+
+import json
+
+import pytest
+
+from klimb.store import read_json, read_jsonl
+
+CONTEXT = "very good kind warm"
+
+
+@pytest.fixture
+def taught(klimb, tiny_run, tmp_path, no_report):
+    def run(*words, verb="climb", **changes):
+        settings = {
+            **{
+                name: x
+                for name, x in tiny_run.items()
+                if name not in ("reward_funcs", "kl_budget", "num_replay", "num_plan_draws")
+            },
+            "target.context": CONTEXT,
+            "method": "distill",
+            "learning_rate": 0.02,
+            "max_steps": 30,
+            "num_generations": 8,
+            "prompts_per_step": 8,
+            "measure_prompts": 8,
+            "measure_draws": 16,
+            "output_dir": tmp_path / "run",
+            **changes,
+        }
+        options = [
+            str(x) for name, value in settings.items() if value is not None for x in (f"--{name}", value)
+        ]
+        status, out, err = klimb(verb, *options, *words)
+        return status, out, err, tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--family.kind", "full", "--learning_rate", "0.003"),
+        ("--divergence", "reverse_kl", "--teacher_draws", "0"),
+        ("--divergence", "jensen_shannon", "--teacher_draws", "0.5"),
+        ("--divergence", "skew_kl(0.1)"),
+        ("--top_k", "8"),
+    ],
+)
+def test_a_context_is_learned(taught, words):
+    status, _, err, run = taught(*words)
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "measure.json")["distance"]
+    assert found["closed"]["low"] > 0.2
+    assert found["forward"]["value"] < found["forward_reference"]["value"]
+    assert found["reverse"]["value"] < found["reverse_reference"]["value"]
+    assert found["prompt_tokens"]["teacher"] > found["prompt_tokens"]["policy"]
+    steps = read_jsonl(run / "metrics.jsonl")
+    assert {step["taught"] for step in steps} <= {0.0, 1.0}
+
+
+def test_a_soft_prompt_takes_the_place_of_a_context_and_is_measured_again(taught, klimb):
+    status, out, err, run = taught(
+        "--family.kind", "soft_prompt", "--family.num_virtual_tokens", "2", "--learning_rate", "0.05"
+    )
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "measure.json")["distance"]
+    assert found["closed"]["value"] > 0.2
+    assert found["prompt_tokens"]["virtual"] == 2
+    assert "tokens in the place of" in out
+    status, out, err = klimb("measure", run, "--json")
+    assert (status, err) == (0, ""), err
+    again = json.loads(out)["distance"]
+    assert again["closed"]["value"] == pytest.approx(found["closed"]["value"], abs=1e-5)
+
+
+def test_a_teacher_is_learned(taught, other_model):
+    status, _, err, run = taught("--target.teacher", other_model, **{"target.context": None})
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "measure.json")["distance"]
+    assert found["closed"]["low"] > 0.2
+    assert found["prompt_tokens"]["teacher"] == found["prompt_tokens"]["policy"]
+
+
+def test_the_teacher_itself_is_at_no_distance(taught, tiny_run, tmp_path):
+    """A mutant of every distance: with the reference for its own teacher nothing is left, and nothing was to close."""
+    status, _, err, run = taught(
+        "--target.teacher",
+        tiny_run["model_name_or_path"],
+        "--max_steps",
+        "1",
+        "--learning_rate",
+        "1e-9",
+        **{"target.context": None},
+    )
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "measure.json")["distance"]
+    assert abs(found["forward"]["value"]) < 1e-5
+    assert abs(found["reverse_reference"]["value"]) < 1e-5
+
+
+def test_objectives_of_draws_reach_a_context_too(taught):
+    """log p/ref is the reward, and Z is 1: the plan's log Z says so where KL is small against log of its draws."""
+    status, _, err, run = taught(method="log_variance", num_plan_draws=64, num_replay=8)
+    assert (status, err) == (0, ""), err
+    plan = read_json(run / "plan.json")
+    at_one = min(plan["frontier"], key=lambda point: abs(point["beta"] - 1))
+    assert abs(at_one["log_z"]["value"]) < 0.3
+    found = read_json(run / "measure.json")["distance"]
+    assert found["forward"]["value"] < found["forward_reference"]["value"]
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(taught, klimb):
+    status, _, err, run = taught("--save_steps", "4", "--max_steps", "8", verb="train")
+    assert (status, err) == (0, ""), err
+    whole = read_jsonl(run / "metrics.jsonl")
+    checkpoint = run / "checkpoints" / "step-000008"
+    for file in sorted(checkpoint.rglob("*"), reverse=True):
+        file.unlink()
+    checkpoint.rmdir()
+    status, _, err = klimb("train", "--resume", run)
+    assert (status, err) == (0, ""), err
+    again = read_jsonl(run / "metrics.jsonl")
+    assert [step["objective_value"] for step in again] == [step["objective_value"] for step in whole]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--divergence", "forwardkl"), "did you mean forward_kl"),
+        (("--beta", "0.5"), "is a law already"),
+        (("--reward_funcs", "exact"), "is a law already"),
+        (("--num_replay", "4"), "from nothing kept"),
+        (("--num_generations", "0"), "one or more"),
+        (("--target.context", " "), "the context is empty"),
+        (("--target.context_file", "nowhere.txt"), "expected one of context"),
+        (("--method", "reverse_kl", "--top_k", "3"), "top_k is an option of method distill"),
+        (("--target.context", "good " * 70), "longer than the model's context"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(taught, words, said):
+    status, _, err, run = taught(*words)
+    assert status == 2
+    assert said in err
+    assert not run.exists()
+
+
+def test_a_context_file_that_is_not_there(taught):
+    status, _, err, _ = taught("--target.context_file", "nowhere.txt", **{"target.context": None})
+    assert status == 2
+    assert "nowhere.txt: no such file" in err
+
+
+def test_distill_without_a_policy_for_a_target(klimb, tiny_run, options):
+    status, _, err = klimb("train", *options({**tiny_run, "method": "distill", "num_replay": 0}))
+    assert status == 2
+    assert "distill learns from a target that is a policy" in err

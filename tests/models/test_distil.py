@@ -1,0 +1,126 @@
+"""Distance and distillation on a tiny model whose every completion can be listed: estimates beside sums, gradients beside autograd."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from klimb.data import Draws, Example
+from klimb.distil import Lesson, distance, distil
+from klimb.exact import all_strings, kl
+from klimb.models.families import lora
+from klimb.objectives.token_divergence import token_divergence
+from klimb.samplers.ancestral import ancestral
+
+EXAMPLES = [Example("a"), Example("ba")]
+SPACE = all_strings(7, 2)
+DRAW = partial(ancestral, max_completion_length=2)
+
+
+@pytest.fixture
+def policies(seven_tokens):
+    """A policy some way from its reference, which is taken for the teacher."""
+    policy, reference = lora(*seven_tokens, r=4, alpha=8)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in policy.trainable:
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return policy, reference
+
+
+def listed():
+    return Draws(EXAMPLES, [SPACE.completions] * 2, SPACE.finished.expand(2, -1), full_support=True)
+
+
+def law(policy):
+    draws = listed()
+    return draws.sequence_sums(policy.log_prob(draws)).double()
+
+
+def test_both_kls_are_those_of_all_completions(policies):
+    policy, teacher = policies
+    with torch.no_grad():
+        log_pi, log_p = law(policy), law(teacher)
+    forward, reverse = kl(log_p, log_pi).mean().item(), kl(log_pi, log_p).mean().item()
+    found = distance(
+        EXAMPLES, policy, teacher, teacher, DRAW, num_draws=4000, generator=torch.Generator().manual_seed(0)
+    )
+    assert abs(forward - reverse) > 0.01
+    for estimate, true, other in ((found.forward, forward, reverse), (found.reverse, reverse, forward)):
+        error = (estimate.high - estimate.low) / 4
+        assert abs(estimate.value - true) < 4 * error
+        assert abs(estimate.value - other) > 4 * error  # the other direction would be told apart
+    assert abs(found.forward_reference.value) < 1e-6
+    assert abs(found.reverse_reference.value) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_pieces_of_prefixes_give_autograds_gradient(policies, divergence, chunk, monkeypatch):
+    from dataclasses import replace
+
+    policy, teacher = policies
+    policy = replace(policy, max_chunk_tokens=chunk)
+    monkeypatch.setattr("klimb.distil.ROWS", 3)
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.extend(p.grad.clone() for p in policy.trainable)
+
+    kept = []
+
+    def sampler(*arguments, **options):
+        kept.append(DRAW(*arguments, **options))
+        return kept[-1]
+
+    step = next(
+        distil(
+            EXAMPLES,
+            policy,
+            sampler,
+            Lesson(teacher, divergence=divergence, max_grad_norm=1e9),
+            Watched(policy.trainable, lr=0.0),
+            max_steps=1,
+            prompts_per_step=2,
+            num_draws=5,
+            generator=torch.Generator().manual_seed(1),
+        )
+    )
+    (draws,) = kept
+    with torch.no_grad():
+        log_p = teacher.head.logits(teacher.hidden(draws)).log_softmax(1)
+    log_pi = policy.head.logits(policy.hidden(draws)).log_softmax(1)
+    loss = token_divergence(log_pi, log_p, f=divergence).sum() / 10
+    whole = torch.autograd.grad(loss, policy.trainable)
+    assert step.numbers["objective_value"] == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(seen, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert max(g.abs().max() for g in whole) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("divergence", "share"), [("forward_kl", 1.0), ("reverse_kl", 0.0), ("skew_kl(0.1)", 0.5)]
+)
+def test_it_lowers_the_exact_kl(policies, divergence, share):
+    policy, teacher = policies
+
+    def left():
+        with torch.no_grad():
+            return kl(law(teacher), law(policy)).mean().item()
+
+    before = left()
+    for _ in distil(
+        EXAMPLES,
+        policy,
+        DRAW,
+        Lesson(teacher, divergence=divergence, teacher_draws=share),
+        torch.optim.Adam(policy.trainable, lr=0.02),
+        max_steps=20,
+        prompts_per_step=2,
+        num_draws=8,
+        generator=torch.Generator().manual_seed(1),
+    ):
+        pass
+    assert before > 0.02
+    assert left() < 0.3 * before
