@@ -36,6 +36,7 @@ class Lesson:
         divergence: `klimb.objectives.token_divergence`.
         teacher_draws: the share of steps whose completions the teacher draws; the policy draws those of the others.
         top_k: of the teacher's tokens, or None for all.
+        num_iterations: updates with each batch of completions; the teacher's stay as good as new.
         max_grad_norm: the gradient is scaled down to at most this norm.
     """
 
@@ -43,6 +44,7 @@ class Lesson:
     divergence: str = "forward_kl"
     teacher_draws: float = 1.0
     top_k: int | None = None
+    num_iterations: int = 1
     max_grad_norm: float = 1.0
 
 
@@ -99,17 +101,11 @@ def distil(
         drawn = time.perf_counter()
         rate = optimizer.param_groups[0]["lr"]
         with record_function("klimb:update"):
-            optimizer.zero_grad()
-            values = torch.cat(
-                [_learned(piece, policy, lesson, len(batch)) for piece in chunks(draws, policy.chunk_tokens)]
-            )
-            norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), lesson.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise ValueError(
-                    f"step {state.step + 1}: the gradient is not finite; the weights were left as they were before it. "
-                    "Lower the learning rate"
-                )
-            optimizer.step()
+            seen = [
+                _updated(draws, policy, lesson, optimizer, state.step + 1)
+                for _ in range(lesson.num_iterations)
+            ]
+            values, norm = seen[0]  # of the policy as it drew
             if scheduler is not None:
                 scheduler.step()
         tokens = int(draws.lengths.sum())
@@ -121,7 +117,8 @@ def distil(
                 "objective_value": values.mean().item(),
                 "divergence_a_token": values.sum().item() / tokens,
                 "taught": float(taught),
-                "grad_norm": norm.item(),
+                "grad_norm": norm,
+                "updates": len(seen),
                 "learning_rate": rate,
                 "completion_length": draws.lengths.float().mean().item(),
                 "finished": draws.finished.float().mean().item(),
@@ -131,6 +128,22 @@ def distil(
             fresh=None,
             state=state,
         )
+
+
+def _updated(
+    draws: Draws, policy: CausalPolicy, lesson: Lesson, optimizer: torch.optim.Optimizer, step: int
+) -> tuple[Tensor, float]:
+    """One update: the divergence of each completion before it, [P, G], and the norm of the gradient."""
+    optimizer.zero_grad()
+    pieces = chunks(draws, policy.chunk_tokens)
+    values = torch.cat([_learned(piece, policy, lesson, draws.num_prompts) for piece in pieces])
+    norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), lesson.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise ValueError(
+            f"step {step}: the gradient is not finite; the weights were left as they were before it. Lower the learning rate"
+        )
+    optimizer.step()
+    return values, norm.item()
 
 
 def _learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, num_prompts: int) -> Tensor:

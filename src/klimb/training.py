@@ -144,6 +144,7 @@ def _taught(
             divergence=config.divergence,
             teacher_draws=config.teacher_draws,
             top_k=config.top_k,
+            num_iterations=config.num_iterations,
             max_grad_norm=config.max_grad_norm,
         ),
         moving.optimizer,

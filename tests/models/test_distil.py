@@ -99,6 +99,30 @@ def test_pieces_of_prefixes_give_autograds_gradient(policies, divergence, chunk,
     assert max(g.abs().max() for g in whole) > 1e-3
 
 
+def test_several_updates_a_batch_of_the_teachers_draws_go_further(policies):
+    start = [weight.detach().clone() for weight in policies[0].trainable]
+    reached = []
+    for num_iterations in (1, 4):
+        with torch.no_grad():
+            for weight, first in zip(policies[0].trainable, start, strict=True):
+                weight.copy_(first)
+        steps = distil(
+            EXAMPLES,
+            policies[0],
+            DRAW,
+            Lesson(policies[1], num_iterations=num_iterations),
+            torch.optim.Adam(policies[0].trainable, lr=0.01),
+            max_steps=4,
+            prompts_per_step=2,
+            num_draws=16,
+            generator=torch.Generator().manual_seed(1),
+        )
+        assert [step.numbers["updates"] for step in steps] == [num_iterations] * 4
+        with torch.no_grad():
+            reached.append(kl(law(policies[1]), law(policies[0])).mean().item())
+    assert reached[1] < 0.8 * reached[0]
+
+
 @pytest.mark.parametrize(
     ("divergence", "share"), [("forward_kl", 1.0), ("reverse_kl", 0.0), ("skew_kl(0.1)", 0.5)]
 )
