@@ -106,6 +106,16 @@ def test_climb_without_a_reward_says_how_far_and_how_well_ordered_and_no_share(l
     assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == 0.1
 
 
+def test_the_report_shows_held_out_pairs_and_the_margin(learned, klimb, monkeypatch):
+    status, _, err, run = learned("pairs")
+    assert status == 0, err
+    monkeypatch.undo()
+    assert klimb("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    for words in ("Held-out pairs", "of held-out pairs in the order", "favours the better completion"):
+        assert words in page
+
+
 def test_with_a_reward_it_is_certified_beside_methods_that_draw(learned, tmp_path):
     (tmp_path / "r.py").write_text(
         "def good(completions, **columns):\n    return [float(c.count('good') > 0) for c in completions]\n"

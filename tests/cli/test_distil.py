@@ -76,6 +76,17 @@ def test_a_soft_prompt_takes_the_place_of_a_context_and_is_measured_again(taught
     assert again["closed"]["value"] == pytest.approx(found["closed"]["value"], abs=1e-5)
 
 
+def test_the_report_shows_both_kls_and_completions_side_by_side(taught, klimb, monkeypatch):
+    status, _, err, run = taught("--max_steps", "3")
+    assert status == 0, err
+    monkeypatch.undo()  # with the report again
+    assert klimb("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    for words in ("KL(target ‖ policy)", "Side by side", "What training makes small", "has closed"):
+        assert words in page
+    assert "no plan.json and no measure.json" not in page
+
+
 def test_a_teacher_is_learned(taught, other_model):
     status, _, err, run = taught("--target.teacher", other_model, **{"target.context": None})
     assert (status, err) == (0, ""), err

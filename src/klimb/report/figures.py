@@ -229,6 +229,15 @@ def step_charts(found: Found) -> dict[str, Spec]:
         "regularised_reward": ("reward − beta · KL", "Reward less beta times KL, step by step."),
     }
     charts = {name: _step_chart(found.steps, name, *words) for name, words in wanted.items()}
+    if charts["reward"] is None:  # nothing was rewarded: what was made small, and how pairs were ordered
+        plain = {
+            "objective_value": ("objective", "The objective, step by step."),
+            "margin": (
+                "margin of pairs, reward",
+                "How much more the policy favours the better completion, step by step.",
+            ),
+        }
+        charts |= {name: _number_chart(found.steps, name, *words) for name, words in plain.items()}
     return {name: spec for name, spec in charts.items() if spec is not None}
 
 
@@ -267,6 +276,30 @@ def _step_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said:
             ).encode(x=x, y=y, tooltip=tips),
         ]
     return _finished(alt.layer(*layers), 220, said)
+
+
+def _number_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said: str) -> Spec | None:
+    """A number of each step that has no interval of its own: it is of a batch, not an estimate."""
+    rows = _thinned(
+        [
+            {"step": as_number(record.get("step")), "value": value}
+            for record in steps
+            if (value := as_number(record.get(name))) is not None
+        ],
+        MAX_POINTS,
+    )
+    if not rows:
+        return None
+    alt = _altair()
+    x = alt.X(
+        "step:Q",
+        title="step",
+        scale=alt.Scale(nice=False),
+        axis=alt.Axis(tickMinStep=1, format=",d", grid=False),
+    )
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
+    line = _chart(alt, rows).mark_line(stroke="var(--accent)", strokeWidth=2).encode(x=x, y=y)
+    return _finished(alt.layer(line), 220, said)
 
 
 def _at(record: Mapping[str, Any], e: Estimate) -> dict[str, Any]:

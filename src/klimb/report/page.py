@@ -107,6 +107,7 @@ def render(found: Found) -> str:
         table=table,
         prompts={prompt_id: (place, text) for place, (prompt_id, text) in enumerate(prompts.items(), 1)},
         policy_drawn=any(row.who == "policy" for row in table.rows),
+        aside=found.measurement.get("side_by_side") or [],
         command=command(found),
         config=cut(found.config, 20_000),
         hashes=[_hash(script) for script in scripts.values()],
@@ -126,6 +127,27 @@ class Figure:
     doubtful: bool
 
 
+PARTS = {
+    "distance": (
+        ("Closed", "closed", "%", "of KL(target ‖ reference)"),
+        ("KL(target ‖ policy)", "forward", "nats", "a completion, on the target's draws"),
+        ("KL(target ‖ reference)", "forward_reference", "nats", "the same before"),
+        ("KL(policy ‖ target)", "reverse", "nats", "a completion, on the policy's draws"),
+    ),
+    "comparisons": (
+        (
+            "Held-out pairs",
+            "accuracy",
+            "%",
+            "whose better completion the policy favours more than the reference does",
+        ),
+        ("Their margin", "margin", "reward", "beta times how much more it favours them"),
+        ("Their surprise", "surprise", "nats", "of the judgements, by that margin; 0.69 knows nothing"),
+    ),
+}
+"""parts of measure.json -> label, name, unit and meaning of their estimates"""
+
+
 def figures_of(found: Found) -> list[Figure]:
     """The panel of estimates: of the policy where it was measured, else of what the plan predicts."""
     measured = found.measurement
@@ -141,29 +163,14 @@ def figures_of(found: Found) -> list[Figure]:
             ("Efficiency", "frontier_efficiency", "%", "of the reward that this KL could buy"),
             ("log Z", "log_z", "nats", "what the best policy is normalised by"),
         ]
-        orders = measured.get("comparisons") or {}
         found_here = [
             (label, as_estimate(measured.get(key)), unit, said) for label, key, unit, said in wanted
-        ] + [
-            (
-                "Held-out pairs",
-                as_estimate(orders.get("accuracy")),
-                "%",
-                "whose better completion the policy favours more than the reference does",
-            ),
-            (
-                "Their margin",
-                as_estimate(orders.get("margin")),
-                "reward",
-                "beta times how much more it favours them",
-            ),
-            (
-                "Their surprise",
-                as_estimate(orders.get("surprise")),
-                "nats",
-                "of the judgements, by that margin; 0.69 knows nothing",
-            ),
         ]
+        for part, rows in PARTS.items():
+            inside = measured.get(part) or {}
+            found_here += [
+                (label, as_estimate(inside.get(key)), unit, said) for label, key, unit, said in rows
+            ]
     else:
         best = predicted(found)
         found_here = [
