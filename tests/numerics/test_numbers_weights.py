@@ -58,6 +58,15 @@ def test_pareto_k_is_never_nan(values):
     assert not math.isnan(pareto_k(torch.tensor([values], dtype=torch.float64)).item())
 
 
+def test_a_tail_of_ties_above_nothing_is_an_atom():
+    """As many equal weights as the tail is long, and all others zero: each carries a fifth or more of the total."""
+    weights = torch.full((1, 25), -math.inf, dtype=torch.float64)
+    weights[0, :5] = 0.0
+    assert pareto_k(weights).item() == 0.0
+    weights[0, 4] = -math.inf
+    assert pareto_k(weights).item() == math.inf
+
+
 def test_leave_one_out_leaves_one_out():
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     keep = ~torch.eye(5, dtype=torch.bool)

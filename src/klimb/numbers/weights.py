@@ -120,8 +120,8 @@ def _tail_shape(log_w: np.ndarray) -> float:
     length = math.floor(3 * n**0.5) if n > 225 else n // 5
     above = np.sort(x)[-length - 1 :]
     excess = np.exp(above[1:]) - np.exp(above[0])
-    # the fit divides by the lower quartile of the excesses over the cutoff: with ties there is no tail to fit
-    if excess[int(length / 4 + 0.5) - 1] <= np.finfo(float).eps * excess[-1]:
+    # the fit divides by the lower quartile of the excesses over the cutoff, and by their spread: with ties there is no tail
+    if excess[int(length / 4 + 0.5) - 1] <= np.finfo(float).eps * excess[-1] or above[1] == above[-1]:
         return 0.0 if np.exp(x).sum() >= 5 * (1 - 1e-12) else math.inf
     from arviz_stats.base import array_stats
 
