@@ -180,11 +180,11 @@ def refusals(config: Config, row: Method) -> Iterator[str]:
         yield (
             f"log_z learned: {name} has no gradient in log Z; use log_z plan or running, or method trajectory_balance"
         )
-    if config.log_z != "learned" and _touched(config, "log_z_learning_rate"):
+    if config.log_z != "learned" and config.touched("log_z_learning_rate"):
         yield (
             f"log_z_learning_rate is of a learned log Z, and log_z is {config.log_z}; leave it out, or use log_z learned"
         )
-    of_a_critic = _touched(config, "gae_lambda", "value_learning_rate", "value_clip")
+    of_a_critic = config.touched("gae_lambda", "value_learning_rate", "value_clip")
     if of_a_critic and "returns" not in row.derived:
         yield f"{', '.join(of_a_critic)}: {name} has no critic; leave it out, or use method ppo"
 
@@ -256,11 +256,6 @@ def _clip_of(row: Method) -> Any:
     assert row.objective is not None
     options = signature(row.objective).parameters
     return options["clip"].default if "clip" in options else None
-
-
-def _touched(config: Config, *names: str) -> list[str]:
-    """Those of the options that are not what they are unless said."""
-    return [name for name in names if getattr(config, name) != Config.model_fields[name].default]
 
 
 def needs_log_z(row: Method) -> bool:

@@ -46,11 +46,11 @@ def check_(
     json_: Json = False,
 ) -> None:
     """Say what a file of judged completions is, show three rows as a model will see them, and list what is wrong with it."""
-    from klimb.comparisons import kind_of, read_judged
+    from klimb.comparisons import judged_rows, kind_of
     from klimb.dataset import read_rows
 
-    _, names = read_rows(file, split=split)
-    judged, problems = read_judged(file, split=split, prompt_column=prompt_column)
+    rows, names = read_rows(file, split=split)
+    judged, problems = judged_rows(file, rows, names, prompt_column=prompt_column)
     record: dict[str, Any] = {
         "file": file,
         "kind": kind_of(names),

@@ -111,6 +111,18 @@ def read_judged(
         ValueError: it cannot be read at all, or holds nothing of the kind.
     """
     rows, names = read_rows(path_or_id, split=split)
+    return judged_rows(path_or_id, rows[:limit], names, prompt_column=prompt_column, by_scores=by_scores)
+
+
+def judged_rows(
+    path_or_id: str | Path,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    *,
+    prompt_column: str,
+    by_scores: bool = False,
+) -> tuple[list[Judged], list[str]]:
+    """`read_judged` of rows that were read already, with the names of their columns."""
     kind = kind_of(names)
     if kind is None:
         wanted = sorted({name for needed in KINDS.values() for name in needed})
@@ -129,7 +141,7 @@ def read_judged(
         )
     found: list[Judged] = []
     problems: list[str] = []
-    for number, (where, row) in enumerate(rows[:limit]):
+    for number, (where, row) in enumerate(rows):
         try:
             found.append(_judged(number, where, row, kind, prompt_column, by_scores))
         except ValueError as error:
@@ -268,6 +280,3 @@ def _shared_words(texts: Sequence[str]) -> int:
     while same and not shortest[same - 1].isspace():
         same -= 1
     return same - 1 if same else 0
-
-
-__all__ = ["KINDS", "Judged", "Row", "kind_of", "load_judged", "read_judged"]

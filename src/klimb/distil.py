@@ -227,20 +227,13 @@ def distance(
         progress(f"draw from the {name}", 0, 1)
         draws[name] = sampler(who, examples, num_draws, generator=generator)
         progress(f"draw from the {name}", 1, 1)
-    apart = partial(_apart, progress=progress)
-    forward = apart(
-        draws["teacher"], policy, teacher, "forward_kl", what="score the teacher's draws under the policy"
+    apart = partial(_apart, teacher=teacher, progress=progress)
+    forward, before = apart(
+        draws["teacher"], [policy, reference], f="forward_kl", what="score the teacher's draws"
     )
-    before = apart(
-        draws["teacher"],
-        reference,
-        teacher,
-        "forward_kl",
-        what="score the teacher's draws under the reference",
-    )
-    back = apart(draws["policy"], policy, teacher, "reverse_kl", what="score the policy's draws")
-    back_before = apart(
-        draws["reference"], reference, teacher, "reverse_kl", what="score the reference's draws"
+    (back,) = apart(draws["policy"], [policy], f="reverse_kl", what="score the policy's draws")
+    (back_before,) = apart(
+        draws["reference"], [reference], f="reverse_kl", what="score the reference's draws"
     )
     return Distance(
         *(mean_estimate(x, generator=generator) for x in (forward, before)),
@@ -268,17 +261,28 @@ def _share(left: Tensor, start: Tensor, generator: torch.Generator) -> Estimate:
 
 @torch.no_grad()
 def _apart(
-    draws: Draws, policy: CausalPolicy, teacher: CausalPolicy, f: str, *, progress: Progress, what: str
-) -> Tensor:
-    """[P, G] the divergence of the next token, summed over each completion."""
-    found, at_once = [], prompts_at_once(draws.num_draws)
+    draws: Draws,
+    policies: Sequence[CausalPolicy],
+    *,
+    teacher: CausalPolicy,
+    f: str,
+    progress: Progress,
+    what: str,
+) -> list[Tensor]:
+    """[P, G] for each policy: the divergence of the next token from the teacher's, summed over each completion."""
+    found: list[list[Tensor]] = [[] for _ in policies]
+    at_once = prompts_at_once(draws.num_draws)
     for start in range(0, draws.num_prompts, at_once):
-        piece = select(draws, range(start, min(start + at_once, draws.num_prompts)))
-        here, there = policy.hidden(piece), teacher.hidden(piece)
-        values = [
-            token_divergence(policy.head.logits(h).log_softmax(1), teacher.head.logits(t).log_softmax(1), f=f)
-            for h, t in zip(here.split(ROWS), there.split(ROWS), strict=True)
-        ]
-        found.append(piece.sequence_sums(torch.cat(values).cpu()))
-        progress(what, min(start + at_once, draws.num_prompts), draws.num_prompts)
-    return torch.cat(found)
+        stop = min(start + at_once, draws.num_prompts)
+        piece = select(draws, range(start, stop))
+        taught = teacher.hidden(piece)
+        for policy, sums in zip(policies, found, strict=True):
+            values = [
+                token_divergence(
+                    policy.head.logits(h).log_softmax(1), teacher.head.logits(t).log_softmax(1), f=f
+                )
+                for h, t in zip(policy.hidden(piece).split(ROWS), taught.split(ROWS), strict=True)
+            ]
+            sums.append(piece.sequence_sums(torch.cat(values).cpu()))
+        progress(what, stop, draws.num_prompts)
+    return [torch.cat(sums) for sums in found]

@@ -196,16 +196,12 @@ def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
     )
     judged = read(split=config.dataset_train_split)
     size = len(judged[0].completions)
-    if size < 2 and "judge" in signature(_objective(config)).parameters:
+    if size < 2 and "judge" in signature(chosen(config).objective).parameters:
         raise ValueError(
             f"method {config.method} compares completions of one prompt, and {config.dataset_name} has one a row; use kto or bco "
             "where they are labelled, sft where they are not, or give chosen and rejected"
         )
     return judged, judged if config.dataset_test_split is None else read(split=config.dataset_test_split)
-
-
-def _objective(config: Config) -> Any:
-    return chosen(config).objective
 
 
 def _policies(

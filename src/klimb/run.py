@@ -317,7 +317,7 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
 
 def _data(loaded: Loaded, path: Path, watch: Watch) -> Pool:
     """The judged completions under the reference, from draws/data.parquet where a killed run left it."""
-    where, cut = store.draws_path(path, "data"), 0
+    where = store.draws_path(path, "data")
     if where.is_file():
         found = store.read_draws(where, expect_hashes=loaded.hashes)
         assert found.reward is not None
@@ -352,12 +352,17 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
         watch.event("warning", "measured on the training prompts: dataset_test_split is null")
     if loaded.teacher is not None:
         record = _measured_distance(loaded, loaded.teacher, path, watch)
-        watch.event("measure", record)
-        return record
-    if not config.reward_funcs:
+    elif not config.reward_funcs:
         record = _measured_without_reward(loaded, beta, path, watch)
-        watch.event("measure", record)
-        return record
+    else:
+        record = _certified(loaded, beta, path, watch)
+    watch.event("measure", record)
+    return record
+
+
+def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:
+    """What measure.json holds where a reward says what is good: the certificate."""
+    config = loaded.config
     found = measure(
         loaded.test_examples[: config.measure_prompts],
         loaded.policy,
@@ -376,7 +381,6 @@ def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> d
         for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
             store.write_pool(draws / f"{verb}.parquet", pool, verb=verb, hashes=loaded.hashes)
         store.write_json(path / "measure.json", record)
-    watch.event("measure", record)
     return record
 
 

@@ -90,8 +90,8 @@ def seen(
         **(sampler_error(fresh) if own else {}),
     }
     warnings = {}
-    of_data = fresh is None and pool.draws.log_q is None  # there nobody expects what is not in it
-    if pool.draws.full_support is None and not of_data and not passed.asked & {"log_q", "log_w"}:
+    # of data nobody expects what is not in it
+    if pool.draws.full_support is None and not of_data(pool, fresh) and not passed.asked & {"log_q", "log_w"}:
         warnings["full_support"] = (
             f"{name_of(objective)} does not ask which law its draws come from, and of some of them it is not known "
             "whether that law can draw every completion; what it cannot draw goes unlearned, unseen"
@@ -112,6 +112,11 @@ def seen(
         state=state,
         warnings=warnings,
     )
+
+
+def of_data(pool: Pool, fresh: Pool | None) -> bool:
+    """True if a step learns from completions that somebody else wrote, and nothing was drawn."""
+    return fresh is None and pool.draws.log_q is None
 
 
 def spread(residual: Tensor) -> dict[str, float]:

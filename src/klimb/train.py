@@ -28,7 +28,7 @@ from klimb.models.policy import CausalPolicy
 from klimb.numbers.kl_control import adapted_beta
 from klimb.numbers.ordering import ordering
 from klimb.objectives.bind import name_of
-from klimb.steps import Step, TrainState, seen
+from klimb.steps import Step, TrainState, of_data, seen
 
 
 def train(
@@ -138,7 +138,7 @@ def train(
         if recipe.kl_target is not None:
             news |= {"beta": aim.beta}
             beta = aim.beta if fresh is None else next_beta(recipe, fresh, aim.beta)
-        if fresh is None and pool.draws.log_q is None:
+        if of_data(pool, fresh):
             news |= order_of(pool, passed.log_pi, aim.beta)
         if drawn is not None and max_rounds > 1:
             news |= {"prompts_drawn": drawn.num_drawn, "prompts_alike": drawn.num_alike}

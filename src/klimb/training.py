@@ -81,11 +81,12 @@ def trained(
     moving = _moving(loaded)
     state, examples = _first(loaded, pool, target)
     state = _taken_up(path, state, moving, resume, watch)
-    steps = _taught(loaded, moving, state, examples)
-    if steps is None:
+    if config.method == "distill":
+        steps = _taught(loaded, moving, state, examples)
+    else:
         steps = _steps(loaded, target, moving, state, examples, pool)
-        if (said := caution(config)) is not None:
-            watch.event("warning", said)
+    if (said := caution(config)) is not None:
+        watch.event("warning", said)
     seen = Seen()
     if profile:
         which = steps_to_look_at(state.step, config.max_steps, replay_steps=config.replay_steps)
@@ -127,13 +128,9 @@ def trained(
     return Trained(state, stopped, _profiled(seen, path, loaded, moving))
 
 
-def _taught(
-    loaded: Loaded, moving: Moving, state: TrainState, examples: list[Example]
-) -> Iterator[Step] | None:
-    """The steps of method distill; None for any other."""
+def _taught(loaded: Loaded, moving: Moving, state: TrainState, examples: list[Example]) -> Iterator[Step]:
+    """The steps of method distill."""
     config = loaded.config
-    if config.method != "distill":
-        return None
     assert loaded.teacher is not None
     return distil(
         examples,
@@ -148,12 +145,8 @@ def _taught(
             max_grad_norm=config.max_grad_norm,
         ),
         moving.optimizer,
-        max_steps=config.max_steps,
-        prompts_per_step=config.prompts_per_step,
-        num_draws=config.num_generations,
-        scheduler=moving.scheduler,
         state=state,
-        generator=moving.generator,
+        **_every_step(config, moving),
     )
 
 
@@ -190,18 +183,25 @@ def _steps(
             log_z_rate=config.log_z_learning_rate,
         ),
         moving.optimizer,
-        max_steps=config.max_steps,
-        prompts_per_step=config.prompts_per_step,
-        num_draws=config.num_generations,
         num_replay=of_data or config.num_replay,
         replay_steps=config.max_steps if of_data else config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
         max_rounds=1 + config.dynamic_sampling,
         log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
-        scheduler=moving.scheduler,
         state=state,
-        generator=moving.generator,
+        **_every_step(config, moving),
     )
+
+
+def _every_step(config: Config, moving: Moving) -> dict[str, Any]:
+    """What steps of any kind are told."""
+    return {
+        "max_steps": config.max_steps,
+        "prompts_per_step": config.prompts_per_step,
+        "num_draws": config.num_generations,
+        "scheduler": moving.scheduler,
+        "generator": moving.generator,
+    }
 
 
 def _profiled(seen: Seen, path: Path, loaded: Loaded, moving: Moving) -> dict[str, Any] | None:

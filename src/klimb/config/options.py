@@ -389,13 +389,6 @@ class Config(BaseModel):
             data = {**dict.fromkeys(DRAWN, 0), **{name: x for name, x in data.items() if x is not None}}
             if all(data.get(name) is None for name in DESTINATIONS):
                 data["beta"] = 0.1
-        target = data.get("target")
-        if isinstance(target, Mapping) and {*TAUGHT, "context_file"} & {*target, target.get("kind")}:
-            data["beta"] = 1.0 if data.get("beta") is None else data["beta"]
-        if all(data.get(name) is None for name in DESTINATIONS):
-            data["kl_budget"] = 1.0
-        if data.get("num_replay") is None:
-            data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
         for name, kind in UNIONS.items():
             given = data.get(name)
             if isinstance(given, Mapping) and "kind" not in given:
@@ -403,6 +396,13 @@ class Config(BaseModel):
                     own for own in TAUGHT if name == "target" and any(key.startswith(own) for key in given)
                 ]
                 data[name] = {"kind": said[0] if said else kind, **given}
+        target = data.get("target")
+        if isinstance(target, Mapping) and target["kind"] in TAUGHT:
+            data["beta"] = 1.0 if data.get("beta") is None else data["beta"]
+        if all(data.get(name) is None for name in DESTINATIONS):
+            data["kl_budget"] = 1.0
+        if data.get("num_replay") is None:
+            data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
         if data.get("method") == "distill":
             data = {**dict.fromkeys(DRAWN[1:], 0), **{name: x for name, x in data.items() if x is not None}}
         return data
@@ -474,9 +474,8 @@ class Config(BaseModel):
             raise ValueError(
                 "no reward_funcs: expected a reward, or learn_from data with completions that are judged already"
             )
-        for name in ("judge", "label_smoothing"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is about completions of data; use learn_from data, or leave it out")
+        for name in self.touched("judge", "label_smoothing"):
+            raise ValueError(f"{name} is about completions of data; use learn_from data, or leave it out")
         if self.num_generations + self.num_replay < 2:
             raise ValueError(
                 f"num_generations {self.num_generations} with num_replay {self.num_replay}: {self.method} compares the "
@@ -510,11 +509,7 @@ class Config(BaseModel):
                 f"distill learns from a target that is a policy, got target.kind {self.target.kind}; give target.context, "
                 "target.context_file or target.teacher"
             )
-        asked = [
-            n
-            for n in ("divergence", "teacher_draws", "top_k")
-            if getattr(self, n) != type(self).model_fields[n].default
-        ]
+        asked = self.touched("divergence", "teacher_draws", "top_k")
         if asked and self.method != "distill":
             raise ValueError(f"{asked[0]} is an option of method distill, got {self.method}; leave it out")
         if not taught:
@@ -561,7 +556,7 @@ class Config(BaseModel):
     def _controls_kl(self) -> None:
         """Refuse a KL controller that could not work."""
         if self.kl_target is None:
-            if self.kl_horizon != type(self).model_fields["kl_horizon"].default:
+            if self.touched("kl_horizon"):
                 raise ValueError(
                     "kl_horizon is how slowly beta follows a kl_target, and there is none; give kl_target, or leave it out"
                 )
@@ -580,6 +575,10 @@ class Config(BaseModel):
                 f"kl_horizon {self.kl_horizon:g} is too short for {drawn} completions a step, which could bring beta to zero "
                 f"at once; use more than {drawn * BOUND:g}, ten times that at best"
             )
+
+    def touched(self, *names: str) -> list[str]:
+        """Those of the options that are not what they are unless said."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @property
     def needs_plan(self) -> bool:

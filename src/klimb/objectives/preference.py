@@ -166,7 +166,7 @@ def preference(
     difference, wins = pair_scores("preference", score(log_pi - log_ref.detach()), reward, judge)
     require_finite("preference", log_pi=log_pi, log_ref=log_ref)
     margin = beta * difference
-    return (wins * link(margin) + (1 - wins) * link(-margin)).mean(1)
+    return outcome_cost(margin, wins, link).mean(1)
 
 
 def wpo(
@@ -200,7 +200,12 @@ def wpo(
     margin = beta * difference
     weight = (log_pi.detach() / lengths.clamp(min=1)).exp()
     first, second = members(log_pi.shape[1], log_pi.device)
-    return (weight[:, first] * weight[:, second] * (wins * link(margin) + (1 - wins) * link(-margin))).mean(1)
+    return (weight[:, first] * weight[:, second] * outcome_cost(margin, wins, link)).mean(1)
+
+
+def outcome_cost(margin: Tensor, wins: Tensor, link: Part) -> Tensor:
+    """[P, pairs] what a pair costs, each outcome with its chance."""
+    return wins * link(margin) + (1 - wins) * link(-margin)
 
 
 def members(num_draws: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from klimb.objectives.preference import Part, bradley_terry, logistic, members, pair_scores
+from klimb.objectives.preference import Part, bradley_terry, logistic, members, outcome_cost, pair_scores
 from klimb.objectives.require import require_finite
 
 
@@ -55,7 +54,7 @@ def simpo(
     require_finite("simpo", log_pi=log_pi)
     difference, wins = pair_scores("simpo", log_pi / lengths.clamp(min=1), reward, judge)
     score = beta * difference
-    return (wins * link(score - margin) + (1 - wins) * link(-score - margin)).mean(1)
+    return outcome_cost(score, wins, lambda m: link(m - margin)).mean(1)
 
 
 def cpo(
@@ -86,7 +85,7 @@ def cpo(
     require_finite("cpo", log_pi=log_pi)
     difference, wins = pair_scores("cpo", log_pi, reward, judge)
     margin = beta * difference
-    cost = wins * link(margin) + (1 - wins) * link(-margin)
+    cost = outcome_cost(margin, wins, link)
     return (cost + likelihood * _winners(log_pi / lengths.clamp(min=1), wins)).mean(1)
 
 
@@ -117,7 +116,7 @@ def orpo(
     sure = mean.clamp(max=-1e-6)  # of a probability of one the odds are infinite
     odds = sure - torch.log(-torch.expm1(sure))
     difference, wins = pair_scores("orpo", odds, reward, judge)
-    cost = -wins * logsigmoid(difference) - (1 - wins) * logsigmoid(-difference)
+    cost = outcome_cost(difference, wins, logistic)
     return (_winners(mean, wins) + weight * cost).mean(1)
 
 

@@ -249,12 +249,7 @@ def _step_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said:
     if not drawn and not tested:
         return None
     alt = _altair()
-    x = alt.X(
-        "step:Q",
-        title="step",
-        scale=alt.Scale(nice=False),
-        axis=alt.Axis(tickMinStep=1, format=",d", grid=False),
-    )
+    x = _along_steps(alt)
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
     tips = _tooltip(alt, "step", "text", "n")
     layers = []
@@ -291,15 +286,19 @@ def _number_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, sai
     if not rows:
         return None
     alt = _altair()
-    x = alt.X(
+    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
+    line = _chart(alt, rows).mark_line(stroke="var(--accent)", strokeWidth=2).encode(x=_along_steps(alt), y=y)
+    return _finished(alt.layer(line), 220, said)
+
+
+def _along_steps(alt: Any) -> Any:
+    """The axis of a curve over the steps."""
+    return alt.X(
         "step:Q",
         title="step",
         scale=alt.Scale(nice=False),
         axis=alt.Axis(tickMinStep=1, format=",d", grid=False),
     )
-    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
-    line = _chart(alt, rows).mark_line(stroke="var(--accent)", strokeWidth=2).encode(x=x, y=y)
-    return _finished(alt.layer(line), 220, said)
 
 
 def _at(record: Mapping[str, Any], e: Estimate) -> dict[str, Any]:
