@@ -7,8 +7,9 @@ import torch
 
 from klimb.models import decoding
 from klimb.models.families import lora
-from klimb.models.llama import LlamaDecoder, is_llama_like
+from klimb.models.llama import LlamaDecoder
 from klimb.models.policy import CausalPolicy
+from klimb.models.written_out import is_llama_like
 from klimb.samplers.ancestral import ancestral
 
 LONGEST = 12

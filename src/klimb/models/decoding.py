@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from klimb.data import Example
-from klimb.models.llama import LlamaDecoder, is_llama_like
+from klimb.models.llama import LlamaDecoder
 from klimb.models.low_rank import merged
 from klimb.models.policy import CausalPolicy
 from klimb.models.room import make_room, remembering
+from klimb.models.written_out import is_llama_like
 
 WRITTEN_OUT_ON = ("cpu", "cuda")
 

@@ -15,133 +15,13 @@ Same numbers as the model's own forward pass up to rounding. Nothing is differen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from klimb.models.low_rank import adapter_of, base_of
 from klimb.models.recorded import recorded
-
-KINDS = {"llama", "mistral", "qwen2"}
-PACKABLE = (torch.bfloat16, torch.float32)
-
-
-def is_llama_like(model: Any) -> bool:
-    """True if the model's layers are those that this file writes out, each linear layer plain or with one adapter."""
-    config, body = model.config.get_text_config(), model.get_decoder()
-    if config.model_type not in KINDS or not hasattr(body, "layers"):
-        return False
-    windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    return not windows and all(
-        base_of(linear) is not None for layer in body.layers for linear in _linears(layer)
-    )
-
-
-def _linears(layer: Any) -> list[Any]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-    ]
-
-
-@dataclass(frozen=True)
-class _Product:
-    """x -> x W' + bias + (scale * x A') B' of linear layers side by side, W and B above one another.
-
-    Attributes:
-        weights: [D_out, D_in] of each layer, or one for all of them.
-        packed: whether that one is laid out for the processor.
-        bias: [D_out] or None.
-        adapter: A [r, D_in], scale [r], B' [r, D_out], or None.
-    """
-
-    weights: tuple[Tensor, ...]
-    packed: bool
-    bias: Tensor | None
-    adapter: tuple[Tensor, Tensor, Tensor] | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weights[0], self.bias, "none", [], "")
-        elif len(self.weights) == 1:
-            y = nn.functional.linear(x, self.weights[0], self.bias)
-        else:
-            y = torch.cat([x @ weight.t() for weight in self.weights], 1)
-            y = y if self.bias is None else y.add_(self.bias)
-        if self.adapter is None:
-            return y
-        a, scale, b = self.adapter
-        return y.addmm_((x @ a.t()).mul_(scale), b)
-
-
-def _side_by_side(linears: Sequence[Any]) -> _Product:
-    bases = [base for linear in linears if (base := base_of(linear)) is not None]
-    assert len(bases) == len(linears)
-    weights, packed = _laid_out([base.weight for base in bases], bases[0])
-    biases = [base.bias for base in bases]
-    bias = None
-    if any(b is not None for b in biases):
-        bias = torch.cat(
-            [
-                base.weight.new_zeros(len(base.weight)) if b is None else b
-                for base, b in zip(bases, biases, strict=True)
-            ]
-        )
-    return _Product(weights, packed, bias, _adapters_side_by_side(linears, [len(b.weight) for b in bases]))
-
-
-def _adapters_side_by_side(
-    linears: Sequence[Any], heights: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    found = [(adapter_of(linear), start) for linear, start in zip(linears, _starts(heights), strict=True)]
-    on = [(adapter, start) for adapter, start in found if adapter is not None]
-    if not on:
-        return None
-    a = torch.cat([a for (a, _, _), _ in on])
-    scale = torch.cat([a.new_full((len(a),), s) for (a, _, s), _ in on])
-    b, row = a.new_zeros(len(a), sum(heights)), 0
-    for (_, wide, _), start in on:
-        b[row : row + wide.shape[1], start : start + wide.shape[0]] = wide.t()
-        row += wide.shape[1]
-    return a, scale, b
-
-
-def _starts(heights: Sequence[int]) -> list[int]:
-    return [sum(heights[:i]) for i in range(len(heights))]
-
-
-def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tensor, ...], bool]:
-    """The weights; on a CPU above one another, packed where it gains by it, kept beside the first until one changes."""
-    if weights[0].device.type != "cpu":  # a copy would cost memory that a large model has not
-        return tuple(w.detach() for w in weights), False
-    name = tuple((w.data_ptr(), w._version, w.dtype, len(w)) for w in weights)
-    kept = keeper.__dict__.get("laid_out")
-    if kept is not None and kept[0] == name:
-        return kept[1], kept[2]
-    weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
-    packs = weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
-    if packs:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    keeper.__dict__["laid_out"] = (name, (weight,), packs)
-    return (weight,), packs
-
-
-ROWS = 64
-"""how many rows a packed product is laid out for; others run too"""
-
-
-@dataclass(frozen=True)
-class _Layer:
-    attention_norm: Any
-    query_key_value: _Product
-    output: _Product
-    mlp_norm: Any
-    gate_up: _Product
-    down: _Product
-    activation: Any
+from klimb.models.written_out import written_out
 
 
 class LlamaDecoder:
@@ -179,7 +59,7 @@ class LlamaDecoder:
         body = model.get_decoder()
         attention = body.layers[0].self_attn
         self.body, self.scaling, self.width = body, attention.scaling, attention.head_dim
-        self.layers = [_written_out(layer) for layer in body.layers]
+        self.layers = [written_out(layer) for layer in body.layers]
         wide = torch.promote_types(keys[0].dtype, torch.float32)
         shared = wide if self.fixed else keys[0].dtype
         self.keys, self.values = [k.to(shared) for k in keys], [v.to(shared) for v in values]
@@ -303,17 +183,4 @@ def _attend_on_cpu(
     """The same for many queries, in the model's dtype."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=hidden, scale=scale
-    )
-
-
-def _written_out(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
-        layer.input_layernorm,
-        _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj]),
-        _side_by_side([attention.o_proj]),
-        layer.post_attention_layernorm,
-        _side_by_side([mlp.gate_proj, mlp.up_proj]),
-        _side_by_side([mlp.down_proj]),
-        mlp.act_fn,
     )

@@ -21,6 +21,8 @@ from klimb.models.context import in_context
 from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
 from klimb.models.room import remembering
+from klimb.models.shared_attention import laid_out
+from klimb.models.written_out import LONGEST, is_llama_like, through_layers
 
 CHUNK_TOKENS = {"cuda": 4096}
 """512 keep a CPU busy and its memory small; a GPU would wait for Python with so few"""
@@ -140,6 +142,10 @@ class CausalPolicy:
         return token_log_prob(hidden, self.head, tokens).to("cpu"), hidden
 
     def _hidden(self, draws: Draws) -> Tensor:
+        prompts = [self._prompt_ids(example) for example in draws.examples]
+        longest = max(map(len, prompts)) + int(draws.lengths.max())
+        if longest <= LONGEST and is_llama_like(self.model):
+            return self._hidden_packed(draws, prompts)
         first, cache, mask = self.read_prompts(draws.examples)
         cache.batch_repeat_interleave(draws.num_draws)
         first, mask = (x.repeat_interleave(draws.num_draws, 0) for x in (first, mask))
@@ -164,6 +170,21 @@ class CausalPolicy:
         kept = torch.arange(width + 1, device=self.device) < lengths[:, None]
         return hidden[kept]
 
+    def _hidden_packed(self, draws: Draws, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The same through Llama's layers written out: prompts and completions packed, each token once."""
+        rows = [[ids[:-1] for ids in group] for group in draws.completions]
+        layout = laid_out(
+            [len(p) for p in prompts], [[len(r) for r in group] for group in rows], device=self.device
+        )
+        ids = torch.cat([torch.tensor(p) for p in prompts] + [r for group in rows for r in group])
+        starts, position, predicts = _packed_places([len(p) for p in prompts], draws)
+        embedded = self.model.get_input_embeddings()(ids.to(self.device))
+        if self.virtual is not None:
+            place = (starts[:, None] + torch.arange(len(self.virtual))).flatten().to(self.device)
+            embedded = embedded.index_copy(0, place, self.virtual.repeat(len(prompts), 1).to(embedded.dtype))
+        states = through_layers(self.model, embedded, position.to(self.device), layout)
+        return self.body.norm(states[predicts.to(self.device)])
+
     @property
     def body(self) -> Any:
         """The model without its head."""
@@ -173,9 +194,7 @@ class CausalPolicy:
         """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L]."""
         from transformers import DynamicCache
 
-        extra = 0 if self.virtual is None else len(self.virtual)
-        # virtual tokens stand where their embeddings go; which token it is does not matter
-        prompts = [[0] * extra + self.render(example) for example in examples]
+        prompts = [self._prompt_ids(example) for example in examples]
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -192,6 +211,10 @@ class CausalPolicy:
         )
         return out.last_hidden_state[:, -1], cache, mask
 
+    def _prompt_ids(self, example: Example) -> list[int]:
+        # virtual tokens stand where their embeddings go; which token it is does not matter
+        return [0] * (0 if self.virtual is None else len(self.virtual)) + self.render(example)
+
     def _embedded(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """What the model reads: token ids, or their embeddings with the virtual tokens where each row begins."""
         if self.virtual is None:
@@ -201,6 +224,30 @@ class CausalPolicy:
         embeddings = self.model.get_input_embeddings()(ids)
         own = self.virtual[place.clamp(0, len(self.virtual) - 1)]
         return {"inputs_embeds": torch.where(here[..., None], own, embeddings)}
+
+
+def _packed_places(prompts: Sequence[int], draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each prompt begins [P], each packed token's position [N], and which token predicts each of the completions'.
+
+    Prompts are packed first, then all completions without their last tokens, which predict nothing.
+    """
+    lengths = torch.tensor(prompts)
+    ends = lengths.cumsum(0)
+    read = (draws.lengths - 1).clamp(min=0)
+    position = [torch.arange(n) for n in prompts]
+    predicts, at = [], int(ends[-1])
+    for p, group in enumerate(draws.lengths.tolist()):
+        for g, length in enumerate(group):
+            own = int(read[p, g])
+            position.append(prompts[p] + torch.arange(own))
+            if length:
+                predicts += [ends[p : p + 1] - 1, at + torch.arange(own)]
+            at += own
+    return (
+        ends - lengths,
+        torch.cat(position),
+        torch.cat(predicts) if predicts else torch.zeros(0, dtype=torch.int64),
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,173 @@
+"""Linear layers that read the same states as one product, with their low-rank adapters, and its gradients.
+
+N rows, D_in wide -> D_out, the sum of the layers' own. On a CPU the weights are laid out once for the processor; the adapters of
+all layers are one narrow product and one wide one. The backward pass is written beside the forward pass: it gives the
+gradient of the rows, and collects those of whatever in the layers is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from klimb.models.low_rank import adapter_of, base_of
+
+PACKABLE = (torch.bfloat16, torch.float32)
+ROWS = 64
+"""how many rows a packed product is laid out for; others run too"""
+
+Gradients = dict[int, Tensor]
+"""of trained tensors, by their id"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the layers: its weight [d, D_in], bias [d] or None, adapter A [r, D_in] and B [d, r] with its scale, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter: tuple[Tensor, Tensor, float] | None
+
+    def trained(self) -> list[Tensor]:
+        """What of it is trained."""
+        mine = [self.weight, self.bias, *(self.adapter or ())[:2]]
+        return [x for x in mine if x is not None and x.requires_grad]
+
+
+@dataclass(frozen=True)
+class Product:
+    """x -> x W' + bias + (scale * x A') B' of layers side by side, W and B above one another.
+
+    Attributes:
+        parts: the layers, in order.
+        weights: [D_out, D_in] of each layer, or one for all of them.
+        packed: whether that one is laid out for the processor.
+        bias: [D_out] or None.
+        adapter: A [r, D_in], scale [r], B' [r, D_out], or None.
+    """
+
+    parts: tuple[Part, ...]
+    weights: tuple[Tensor, ...]
+    packed: bool
+    bias: Tensor | None
+    adapter: tuple[Tensor, Tensor, Tensor] | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, D_in] -> [N, D_out]."""
+        return self.forward(x)[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[N, D_in] -> [N, D_out], and scale * x A' [N, r], which the backward pass wants."""
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weights[0], self.bias, "none", [], "")
+        elif len(self.weights) == 1:
+            y = nn.functional.linear(x, self.weights[0], self.bias)
+        else:
+            y = torch.cat([x @ weight.t() for weight in self.weights], 1)
+            y = y if self.bias is None else y.add_(self.bias)
+        if self.adapter is None:
+            return y, None
+        a, scale, b = self.adapter
+        narrow = (x @ a.t()).mul_(scale)
+        return y.addmm_(narrow, b), narrow
+
+    def backward(
+        self, upstream: Tensor, x: Tensor, narrow: Tensor | None, found: Gradients, *, wants_x: bool
+    ) -> Tensor | None:
+        """The gradient of the rows [N, D_in], if anybody wants it; those of trained weights are added to `found`.
+
+        Args:
+            upstream: [N, D_out].
+            x: [N, D_in] what went in.
+            narrow: [N, r] what `forward` said.
+            found: gradients by the tensors' id.
+            wants_x: whether anything below is trained.
+        """
+        heights = [len(part.weight) for part in self.parts]
+        pieces = upstream.split(heights, 1)
+        g_x = None
+        if wants_x:
+            g_x = pieces[0] @ self.parts[0].weight
+            for piece, part in zip(pieces[1:], self.parts[1:], strict=True):
+                g_x.addmm_(piece, part.weight)
+        for piece, part in zip(pieces, self.parts, strict=True):
+            if part.weight.requires_grad:
+                found[id(part.weight)] = piece.t() @ x
+            if part.bias is not None and part.bias.requires_grad:
+                found[id(part.bias)] = piece.sum(0)
+        if self.adapter is None or narrow is None:
+            return g_x
+        a, scale, b = self.adapter
+        g_narrow = (upstream @ b.t()).mul_(scale)
+        if g_x is not None:
+            g_x.addmm_(g_narrow, a)
+        own = [part for part in self.parts if part.adapter is not None]
+        ranks = [len(part.adapter[0]) for part in own if part.adapter is not None]
+        g_a = g_narrow.t() @ x if any(part.trained() for part in own) else None
+        rows = iter(zip([] if g_a is None else g_a.split(ranks), narrow.split(ranks, 1), strict=False))
+        for piece, part in zip(pieces, self.parts, strict=True):
+            if part.adapter is None or g_a is None:
+                continue
+            (mine_a, mine_narrow), (own_a, own_b, _) = next(rows), part.adapter
+            if own_a.requires_grad:
+                found[id(own_a)] = mine_a
+            if own_b.requires_grad:
+                found[id(own_b)] = piece.t() @ mine_narrow
+        return g_x
+
+
+def side_by_side(linears: Sequence[Any]) -> Product:
+    """The product of linear layers, each plain or with one low-rank adapter, that read the same states."""
+    bases = [base for linear in linears if (base := base_of(linear)) is not None]
+    assert len(bases) == len(linears)
+    weights, packed = _laid_out([base.weight for base in bases], bases[0])
+    biases = [base.bias for base in bases]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat(
+            [
+                base.weight.new_zeros(len(base.weight)) if b is None else b
+                for base, b in zip(bases, biases, strict=True)
+            ]
+        )
+    parts = tuple(
+        Part(base.weight, base.bias, adapter_of(linear)) for base, linear in zip(bases, linears, strict=True)
+    )
+    return Product(parts, weights, packed, bias, _adapters_side_by_side(parts))
+
+
+def _adapters_side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+    heights = [len(part.weight) for part in parts]
+    starts = [sum(heights[:i]) for i in range(len(heights))]
+    on = [
+        (part.adapter, start) for part, start in zip(parts, starts, strict=True) if part.adapter is not None
+    ]
+    if not on:
+        return None
+    a = torch.cat([a for (a, _, _), _ in on])
+    scale = torch.cat([a.new_full((len(a),), s) for (a, _, s), _ in on])
+    b, row = a.new_zeros(len(a), sum(heights)), 0
+    for (_, wide, _), start in on:
+        b[row : row + wide.shape[1], start : start + wide.shape[0]] = wide.t()
+        row += wide.shape[1]
+    return a, scale, b
+
+
+def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tensor, ...], bool]:
+    """The weights; on a CPU above one another, packed where it gains by it, kept beside the first until one changes."""
+    if weights[0].device.type != "cpu":  # a copy would cost memory that a large model has not
+        return tuple(w.detach() for w in weights), False
+    name = tuple((w.data_ptr(), w._version, w.dtype, len(w)) for w in weights)
+    kept = keeper.__dict__.get("laid_out")
+    if kept is not None and kept[0] == name:
+        return kept[1], kept[2]
+    weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
+    packs = weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
+    if packs:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    keeper.__dict__["laid_out"] = (name, (weight,), packs)
+    return (weight,), packs

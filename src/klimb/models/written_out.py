@@ -1,0 +1,237 @@
+"""Llama's layers written out for scoring and learning: prompts and all their completions in one pass, packed, with its gradients.
+
+N packed tokens (`klimb.models.shared_attention`), D wide. What transformers does layer by layer for a padded batch, reading prompts
+first and completions after them, is done here in one go: each prompt once, no padding outside of attention, adapters of layers
+side by side as one. The backward pass is written out too: what is cheap to form again (norms, the activation, the
+weights of attention) is not kept, and below the lowest layer with anything trained nothing is kept at all.
+
+Same numbers as the model's own forward pass up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from klimb.models.low_rank import base_of
+from klimb.models.products import Gradients, Product, side_by_side
+from klimb.models.shared_attention import Layout, attend, attend_backward
+
+KINDS = {"llama", "mistral", "qwen2"}
+LONGEST = 2048
+"""tokens of a sequence above which attention's weights would take more memory than the layers themselves"""
+
+
+def is_llama_like(model: Any) -> bool:
+    """True if the model's layers are those that this file writes out, each linear layer plain or with one adapter."""
+    config, body = model.config.get_text_config(), model.get_decoder()
+    if config.model_type not in KINDS or config.hidden_act != "silu" or not hasattr(body, "layers"):
+        return False
+    windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    return not windows and all(
+        base_of(linear) is not None for layer in body.layers for linear in _linears(layer)
+    )
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    ]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of one layer; norms and activation are the model's own modules."""
+
+    attention_norm: Any
+    query_key_value: Product
+    output: Product
+    mlp_norm: Any
+    gate_up: Product
+    down: Product
+    activation: Any
+
+    def trained(self) -> list[Tensor]:
+        """Its tensors that training moves."""
+        products = (self.query_key_value, self.output, self.gate_up, self.down)
+        weights = [norm.weight for norm in (self.attention_norm, self.mlp_norm) if norm.weight.requires_grad]
+        return weights + [x for product in products for part in product.parts for x in part.trained()]
+
+
+def written_out(layer: Any) -> Layer:
+    """A layer that `is_llama_like` knows, with the adapters that are on now."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        layer.input_layernorm,
+        side_by_side([attention.q_proj, attention.k_proj, attention.v_proj]),
+        side_by_side([attention.o_proj]),
+        layer.post_attention_layernorm,
+        side_by_side([mlp.gate_proj, mlp.up_proj]),
+        side_by_side([mlp.down_proj]),
+        mlp.act_fn,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all layers are told: where the tokens lie, their angles [N, 1, w], heads of keys, and the scale of attention."""
+
+    layout: Layout
+    cos: Tensor
+    sin: Tensor
+    kv_heads: int
+    scale: float
+
+
+def through_layers(model: Any, embedded: Tensor, position: Tensor, layout: Layout) -> Tensor:
+    """[N, D] embedded tokens -> [N, D] the states after the last layer, before the last norm.
+
+    Args:
+        model: one that `is_llama_like`, its adapters on that are to speak.
+        embedded: [N, D].
+        position: [N] of each token in its sequence.
+        layout: where the tokens lie.
+
+    Returns:
+        The states; differentiable once in `embedded` and in all weights of the layers.
+    """
+    body = model.get_decoder()
+    cos, sin = body.rotary_emb(embedded, position_ids=position[None])
+    attention = body.layers[0].self_attn
+    kv_heads = model.config.get_text_config().num_key_value_heads
+    place = Place(layout, cos[0, :, None], sin[0, :, None], kv_heads, attention.scaling)
+    layers = [written_out(layer) for layer in body.layers]
+    trained = [x for layer in layers for x in layer.trained()]
+    if torch.is_grad_enabled() and (trained or embedded.requires_grad):
+        return _Layers.apply(embedded, layers, place, *trained)
+    for layer in layers:
+        embedded = _forward(layer, embedded, place)[0]
+    return embedded
+
+
+class _Layers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, layers: Sequence[Layer], place: Place, *trained: Tensor) -> Tensor:
+        lowest = 0 if x.requires_grad else next(i for i, layer in enumerate(layers) if layer.trained())
+        kept = []
+        for i, layer in enumerate(layers):
+            x, seen = _forward(layer, x, place)
+            if i >= lowest:
+                kept.append((layer, seen))
+        ctx.kept, ctx.place, ctx.trained = kept, place, [id(tensor) for tensor in trained]
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        found: Gradients = {}
+        wants_x = ctx.needs_input_grad[0]
+        while ctx.kept:
+            layer, seen = ctx.kept.pop()  # what is behind us is memory again
+            g = _backward(layer, seen, g, ctx.place, found, wants_x=wants_x or bool(ctx.kept))
+        return g if wants_x else None, None, None, *(found[name] for name in ctx.trained)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a layer's backward pass wants of its forward pass."""
+
+    x: Tensor
+    """[N, D] what went in"""
+    turned: Tensor
+    """[N, H + K, w] queries and keys at their angles"""
+    value: Tensor
+    """[N, K, w]"""
+    out: Tensor
+    """[N, H, w] of attention"""
+    log_sums: list[Tensor]
+    middle: Tensor
+    """[N, D] after attention"""
+    gate_up: Tensor
+    """[N, 2 F]"""
+    narrow: tuple[Tensor | None, ...]
+    """of the four products"""
+
+
+def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
+    heads, n_qkv = layer.query_key_value.forward(_norm(layer.attention_norm, x)[0])
+    heads = heads.unflatten(1, (-1, place.cos.shape[-1]))
+    turned = heads[:, : -place.kv_heads]
+    turned = (turned * place.cos).add_(_half_turned(turned).mul_(place.sin))
+    value = heads[:, -place.kv_heads :].contiguous()
+    query, key = turned[:, : -place.kv_heads], turned[:, -place.kv_heads :]
+    out, log_sums = attend(query, key, value, place.layout, place.scale)
+    y, n_output = layer.output.forward(out.flatten(1))
+    middle = x + y
+    gate_up, n_gate_up = layer.gate_up.forward(_norm(layer.mlp_norm, middle)[0])
+    gate, up = gate_up.chunk(2, 1)
+    y, n_down = layer.down.forward(nn.functional.silu(gate).mul_(up))
+    seen = _Seen(x, turned, value, out, log_sums, middle, gate_up, (n_qkv, n_output, n_gate_up, n_down))
+    return middle + y, seen
+
+
+def _backward(
+    layer: Layer, seen: _Seen, g: Tensor, place: Place, found: Gradients, *, wants_x: bool
+) -> Tensor:
+    n_qkv, n_output, n_gate_up, n_down = seen.narrow
+    gate, up = seen.gate_up.chunk(2, 1)
+    active = nn.functional.silu(gate)
+    g_active = layer.down.backward(g, active * up, n_down, found, wants_x=True)
+    g_gate_up = torch.empty_like(seen.gate_up)
+    g_gate, g_up = g_gate_up.chunk(2, 1)
+    torch.mul(g_active, active, out=g_up)
+    g_gate.copy_(torch.ops.aten.silu_backward(g_active.mul_(up), gate))
+    read, size = _norm(layer.mlp_norm, seen.middle)
+    g_read = layer.gate_up.backward(g_gate_up, read, n_gate_up, found, wants_x=True)
+    g = g + _norm_backward(layer.mlp_norm, g_read, seen.middle, size, found)
+    g_out = layer.output.backward(g, seen.out.flatten(1), n_output, found, wants_x=True)
+    query, key = seen.turned[:, : -place.kv_heads], seen.turned[:, -place.kv_heads :]
+    to_query, to_key, to_value = attend_backward(
+        g_out.view_as(seen.out), query, key, seen.value, seen.out, seen.log_sums, place.layout, place.scale
+    )
+    turned = torch.cat([to_query, to_key], 1)
+    turned_back = (turned * place.cos).add_(_half_turned_back(turned * place.sin))
+    g_heads = torch.cat([turned_back, to_value], 1).flatten(1)
+    read, size = _norm(layer.attention_norm, seen.x)
+    g_read = layer.query_key_value.backward(
+        g_heads, read, n_qkv, found, wants_x=wants_x or _trains(layer.attention_norm)
+    )
+    if g_read is None:
+        return g
+    return g + _norm_backward(layer.attention_norm, g_read, seen.x, size, found)
+
+
+def _trains(norm: Any) -> bool:
+    return norm.weight.requires_grad
+
+
+def _norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D] -> the same at unit mean square times the norm's weight, and [N, 1] what it was multiplied by."""
+    wide = x.float() if x.dtype != torch.float64 else x
+    size = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(norm.variance_epsilon))
+    return (wide * size).to(x.dtype).mul_(norm.weight), size
+
+
+def _norm_backward(norm: Any, g: Tensor, x: Tensor, size: Tensor, found: Gradients) -> Tensor:
+    unit = x.to(size.dtype) * size
+    if norm.weight.requires_grad:
+        found[id(norm.weight)] = (g * unit).sum(0).to(norm.weight.dtype)
+    g = g.to(size.dtype) * norm.weight
+    return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(size).to(x.dtype)
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def _half_turned_back(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([second, -first], -1)
