@@ -98,6 +98,7 @@ TRAINED = (
     "wpo",
     "slic",
     "chi_po",
+    "f_dpo(jensen_shannon)",
     "simpo",
     "cpo",
     "orpo",
@@ -440,8 +441,12 @@ class Config(BaseModel):
             return method
         if method in UNTRAINED:
             raise ValueError(UNTRAINED[method])
-        if method.partition("(")[0] in FAMILIES and method.endswith(")"):
-            return method  # its number is looked at where the divergence is known
+        stem = method.partition("(")[0]
+        if stem in (*FAMILIES, "f_dpo"):
+            if not method.endswith(")"):
+                like = next(name for name in TRAINED if name.startswith(f"{stem}("))
+                raise ValueError(f"expected it with something in brackets, as {like}")
+            return method  # what is in them is looked at where divergences are known
         if method not in TRAINED:
             raise ValueError(f"no such method{nearest(method, TRAINED)}; klimb methods lists them")
         return method
