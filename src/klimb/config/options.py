@@ -387,7 +387,7 @@ class Config(BaseModel):
             return data
         data = dict(data)
         if data.get("learn_from") == "data":
-            data = {**dict.fromkeys(DRAWN, 0), **{name: x for name, x in data.items() if x is not None}}
+            data |= {name: 0 for name in DRAWN if data.get(name) is None}
             if all(data.get(name) is None for name in DESTINATIONS):
                 data["beta"] = 0.1
         for name, kind in UNIONS.items():
@@ -405,7 +405,7 @@ class Config(BaseModel):
         if data.get("num_replay") is None:
             data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
         if data.get("method") == "distill":
-            data = {**dict.fromkeys(DRAWN[1:], 0), **{name: x for name, x in data.items() if x is not None}}
+            data |= {name: 0 for name in DRAWN[1:] if data.get(name) is None}
         return data
 
     @field_validator("reward_funcs", mode="before")
