@@ -183,9 +183,10 @@ def _kept(draws: Path, found: StoredDraws, beta: float, bound: float | None, see
     from klimb.planning import NOT_THE_REFERENCE
     from klimb.samplers.rejection import acceptance
 
-    if found.verb in NOT_THE_REFERENCE or found.draws.full_support is False:
+    if found.verb in NOT_THE_REFERENCE or found.draws.log_q is None or found.draws.full_support is False:
         raise ValueError(
-            f"{draws}: --from target keeps draws of the reference, and these are {NOT_THE_REFERENCE.get(found.verb, 'filtered ones')}"
+            f"{draws}: --from target keeps draws of the reference, and these are "
+            f"{NOT_THE_REFERENCE.get(found.verb, 'of another or an unknown law')}"
         )
     assert found.reward is not None
     chances = acceptance(found.reward, beta, bound)

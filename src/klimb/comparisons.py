@@ -122,8 +122,9 @@ def judged_rows(
     *,
     prompt_column: str,
     by_scores: bool = False,
+    any_number: bool = False,
 ) -> tuple[list[Judged], list[str]]:
-    """`read_judged` of rows that were read already, with the names of their columns."""
+    """`read_judged` of rows that were read already, with the names of their columns; with any number of completions a row, if so asked."""
     kind = kind_of(names)
     if kind is None:
         wanted = sorted({name for needed in KINDS.values() for name in needed})
@@ -148,9 +149,9 @@ def judged_rows(
         except ValueError as error:
             problems.append(str(error))
     sizes = {len(row.completions) for row in found}
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not any_number:
         problems.append(
-            f"{path_or_id}: rows of {min(sizes)} to {max(sizes)} completions, expected as many in each; split the long ones"
+            f"{path_or_id}: rows of {min(sizes)} to {max(sizes)} completions, expected as many in each; make pairs of them (klimb data convert --to pairs)"
         )
     return found, problems
 

@@ -104,7 +104,14 @@ def convert(
         raise ValueError(f"--to: got {to!r}{nearest(to, FORMATS)}, expected one of {', '.join(FORMATS)}")
     lines, names = read_rows(path_or_id, split=split)
     by_scores = to == "ranked" and not set(SCORES).isdisjoint(names)
-    judged, problems = judged_rows(path_or_id, lines, names, prompt_column=prompt_column, by_scores=by_scores)
+    judged, problems = judged_rows(
+        path_or_id,
+        lines,
+        names,
+        prompt_column=prompt_column,
+        by_scores=by_scores,
+        any_number=to != "ranked",
+    )
     if problems:
         more = f" (and {len(problems) - 1} more; klimb data check lists them)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)

@@ -129,6 +129,19 @@ def test_ranks_give_every_pair_whose_scores_differ(file):
     assert (made.dropped, made.because) == (3, "all scores of a row are the same")
 
 
+def test_rows_of_different_numbers_become_pairs(file):
+    rows = [
+        {"prompt": "a", "completions": list("xyz"), "scores": [1, 2, 3]},
+        {"prompt": "b", "completions": list("xy"), "scores": [1, 2]},
+    ]
+    made = convert(file(rows), "pairs")
+    assert (len(made.rows), made.dropped) == (4, 0)
+    with pytest.raises(
+        ValueError, match=r"rows of 2 to 3 completions, expected as many in each; make pairs of them"
+    ):
+        load_judged(file(rows))
+
+
 def test_labels_of_one_kind_alone_give_no_pair_and_are_counted(file):
     labels = [("a", "x", True), ("b", "y", False), ("a", "z", False), ("a", "w", True)]
     rows = [{"prompt": p, "completion": c, "label": label} for p, c, label in labels]

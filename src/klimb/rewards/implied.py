@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from klimb.data import Draws, Example, Prompt
-from klimb.models.hub import DTYPES, load_model
+from klimb.models.hub import DTYPES, load_model, resolve
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.trained import load_trained
 from klimb.rewards.model import folder_hash
@@ -130,7 +130,7 @@ def implied(
     model, tokenizer = load_model(base, revision=said.get("model_revision", "main"), **options)
     start = said.get("family", {}).get("start")
     moved, began = load_trained(folder, model, tokenizer, start=start, **options)
-    sources = [folder_hash(folder, model.config), folder_hash(Path(base), model.config, str(start))]
+    sources = [folder_hash(folder, model.config), folder_hash(Path(resolve(base)), model.config, str(start))]
     if other is not None and other != base:
         model, words = load_model(other, **options)
         if words.get_vocab() != tokenizer.get_vocab():
@@ -140,6 +140,6 @@ def implied(
             )
         began = CausalPolicy(model, words)
         check_head(began)
-        sources.append(folder_hash(Path(other), model.config))
+        sources.append(folder_hash(Path(resolve(other)), model.config))
     known = json.dumps([*sources, beta, dtype])
     return Implied(moved, began, beta, hashlib.sha256(known.encode()).hexdigest())
