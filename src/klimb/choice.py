@@ -20,6 +20,7 @@ from klimb.methods import (
     takes_penalty,
     with_penalty,
     working_with,
+    works,
 )
 from klimb.numbers.advantages import gae_advantage
 from klimb.objectives.clip import clipped
@@ -200,8 +201,8 @@ def _refused_data(config: Config, row: Method) -> Iterator[str]:
                 "file of completions use learn_from data"
             )
         return
-    can = [other for other in working_with(known) if other in TRAINED and not fresh_only(METHODS[other])]
-    if name not in can:
+    if not works(row, known) or fresh_only(row):
+        can = [other for other in working_with(known) if other in TRAINED and not fresh_only(METHODS[other])]
         yield (
             f"learn_from data: {name} needs the law that drew the completions, log Z, or fresh draws, and data has none of them; "
             f"use one of {', '.join(can)}"

@@ -1,4 +1,4 @@
-"""klimb data: look at a file of judged completions before anything learns from it, and make pairs of draws.
+"""klimb data: look at a file of judged completions before anything learns from it, write it in another format, make pairs of draws.
 
 Nothing heavy is imported before one of the commands runs.
 """
@@ -13,30 +13,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from klimb.comparisons import Judged
+    from klimb.store import StoredDraws
 
 SHOWN = 20
 """problems that are printed"""
 
 Json = Annotated[bool, typer.Option("--json", help="As JSON on stdout, nothing else there.")]
+File = Annotated[str, typer.Argument(help="A file, a folder, or the id of a data set.")]
+Split = Annotated[str | None, typer.Option(help="Which part; left out: all rows of a file.")]
+PromptColumn = Annotated[str, typer.Option("--prompt_column", help="The column of the prompt.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write: .jsonl, .csv or .parquet.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     data = typer.Typer(
-        no_args_is_help=True, help="Judged completions: check a file of them, make pairs of draws."
+        no_args_is_help=True,
+        help="Judged completions: check a file of them, write it in another format, make pairs of draws.",
     )
     data.command("check")(check_)
+    data.command("convert")(convert_)
     data.command("pairs")(pairs_)
     app.add_typer(data, name="data")
 
 
 def check_(
-    file: Annotated[str, typer.Argument(help="A file, a folder, or the id of a data set.")],
-    split: Annotated[str | None, typer.Option(help="Which part; left out: all rows of a file.")] = None,
-    prompt_column: Annotated[
-        str, typer.Option("--prompt_column", help="The column of the prompt.")
-    ] = "prompt",
+    file: File,
+    split: Split = None,
+    prompt_column: PromptColumn = "prompt",
     model: Annotated[
         str | None, typer.Option("--model_name_or_path", help="Show it as this model will see it.")
     ] = None,
@@ -57,7 +65,6 @@ def check_(
         "columns": names,
         "rows": len(judged),
         "completions_a_row": len(judged[0].completions) if judged else 0,
-        "same_length": sum(len(set(map(len, row.completions))) == 1 for row in judged),
         "better_is_longer": _better_is_longer(judged),
         "problems": problems,
     }
@@ -73,26 +80,71 @@ def check_(
         raise typer.Exit(2)
 
 
+def convert_(
+    file: File,
+    to: Annotated[str, typer.Option(help="pairs, unpaired, ranked, completions, messages or prompts.")],
+    output: Output,
+    split: Split = None,
+    prompt_column: PromptColumn = "prompt",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--as", help="text or chat: what prompts and completions shall be; left out: as they are."
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write judged completions in another of TRL's formats, and say what of them does not come along."""
+    from klimb import store
+    from klimb.convert import convert
+    from klimb.nearest import nearest
+
+    store.check_new(output, force=force)
+    if form not in (None, "text", "chat"):
+        raise ValueError(f"--as: got {form!r}{nearest(form, ('text', 'chat'))}, expected text or chat")
+    made = convert(file, to, split=split, prompt_column=prompt_column, form=form)
+    store.write_rows(output, made.rows)
+    left = f"; {made.dropped} {made.unit} left out: {made.because}" if made.dropped else ""
+    print(f"{output}: {len(made.rows)} rows of {to}, from {made.kind}{left}")
+
+
 def pairs_(
     draws: Annotated[Path, typer.Argument(help="Draws that klimb wrote, or a run whose plan drew some.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file of pairs, .jsonl.")],
+    output: Output,
     num_pairs: Annotated[int, typer.Option("--num_pairs", min=1, help="Pairs a prompt, at most.")] = 4,
+    whose: Annotated[
+        str, typer.Option("--from", help="draws: all of them; target: those that rejection keeps.")
+    ] = "draws",
+    beta: Annotated[float | None, typer.Option(help="Of the target, reward per nat.")] = None,
+    bound: Annotated[
+        float | None,
+        typer.Option(help="An upper bound of the reward; left out: the largest of each prompt's draws."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rejection.")] = 0,
+    force: Force = False,
 ) -> None:
-    """Make pairs of draws that were rewarded: of two completions of a prompt the one with the larger reward is chosen."""
+    """Make pairs of draws that were rewarded: of two completions of a prompt the one with the larger reward is chosen.
+
+    With --from target the pairs are of the target's own draws (RSO): each draw of the reference is kept with probability
+    exp((reward - bound) / beta). Without a --bound the largest reward of a prompt's draws takes its place: what is kept is then
+    nearer to the reference than the target is, the more so the fewer the draws.
+    """
     from klimb import store
 
-    if output.suffix != ".jsonl":
-        raise ValueError(f"-o {output}: expected a file ending in .jsonl")
+    store.check_new(output, force=force)
+    _check_rejection(whose, beta, bound)
     found = store.read_draws(store.draws_path(draws, "plan") if draws.is_dir() else draws)
     if found.reward is None or found.draws.texts is None:
         raise ValueError(
             f"{draws}: these draws have no rewards or no texts; expected those of klimb plan or sample"
         )
+    kept = None if beta is None else _kept(draws, found, beta, bound, seed)
     lines = []
     for p, example in enumerate(found.draws.examples):
         rewards, texts = found.reward[p].tolist(), found.draws.texts[p]
+        here = list(range(len(texts))) if kept is None else kept[p].nonzero()[:, 0].tolist()
         said: set[tuple[str, str]] = set()
-        for i, j in zip(range(0, len(texts) - 1, 2), range(1, len(texts), 2), strict=False):
+        for i, j in zip(here[:-1:2], here[1::2], strict=True):
             better, worse = (i, j) if rewards[i] > rewards[j] else (j, i)
             pair = (texts[better], texts[worse])
             if rewards[i] == rewards[j] or pair in said or not all(text.strip() for text in pair):
@@ -103,10 +155,42 @@ def pairs_(
                 break
     if not lines:
         raise ValueError(
-            f"{draws}: no two completions of a prompt differ in reward; there is nothing to compare"
+            f"{draws}: no two completions of a prompt {'that were kept ' * (kept is not None)}differ in reward; there is nothing "
+            "to compare"
         )
-    store.write_whole(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    store.write_rows(output, lines)
     print(f"{output}: {len(lines)} pairs of {found.draws.num_prompts} prompts")
+    if kept is not None:
+        few = int((kept.sum(1) < 2).sum())
+        print(f"rejection kept {int(kept.sum())} of {kept.numel()} draws; {few} prompts have fewer than two")
+
+
+def _check_rejection(whose: str, beta: float | None, bound: float | None) -> None:
+    if whose not in ("draws", "target"):
+        raise ValueError(f"--from: got {whose!r}, expected draws or target")
+    if whose == "draws" and (beta is not None or bound is not None):
+        raise ValueError("--beta and --bound are of the target; use --from target, or leave them out")
+    if whose == "target" and not (beta is not None and 0 < beta < float("inf")):
+        raise ValueError(
+            f"--from target: got --beta {beta}, expected a positive number, reward per nat, such as klimb plan found"
+        )
+
+
+def _kept(draws: Path, found: StoredDraws, beta: float, bound: float | None, seed: int) -> Tensor:
+    """[P, G] which draws of the reference are draws of the target."""
+    import torch
+
+    from klimb.planning import NOT_THE_REFERENCE
+    from klimb.samplers.rejection import acceptance
+
+    if found.verb in NOT_THE_REFERENCE or found.draws.log_q is None or found.draws.full_support is False:
+        raise ValueError(
+            f"{draws}: --from target keeps draws of the reference, and these are "
+            f"{NOT_THE_REFERENCE.get(found.verb, 'of another or an unknown law')}"
+        )
+    assert found.reward is not None
+    chances = acceptance(found.reward, beta, bound)
+    return torch.rand(chances.shape, generator=torch.Generator().manual_seed(seed)) < chances
 
 
 def _pair(

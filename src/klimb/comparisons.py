@@ -1,9 +1,10 @@
 """Completions that somebody has judged: read from a file in any of TRL's formats, checked row by row.
 
     pairs        prompt, chosen, rejected                (labels 1 and 0; or score_chosen and score_rejected, or a margin)
-    labelled     prompt, completion, label               (true or false)
+    unpaired     prompt, completion, label               (true or false)
     ranked       prompt, completions, scores             (a list of each, the same number in every row)
-    completions  prompt, completion; or messages         (nothing judged: method sft)
+    completions  prompt, completion                      (nothing judged: method sft)
+    messages     messages                                (the same, a conversation)
 
 A prompt and its completions are text, or lists of chat messages; a prompt that is missing is what both conversations begin with.
 """
@@ -23,10 +24,10 @@ LONGEST = 1_000_000
 """characters of a completion"""
 KINDS = {
     "pairs": ("chosen", "rejected"),
-    "labelled": ("completion", "label"),
+    "unpaired": ("completion", "label"),
     "ranked": ("completions", "scores"),
     "completions": ("completion",),
-    "conversations": ("messages",),
+    "messages": ("messages",),
 }
 """what a file is -> the columns that say so, the first that are all there"""
 SCORES = ("score_chosen", "score_rejected", "margin")
@@ -121,8 +122,9 @@ def judged_rows(
     *,
     prompt_column: str,
     by_scores: bool = False,
+    any_number: bool = False,
 ) -> tuple[list[Judged], list[str]]:
-    """`read_judged` of rows that were read already, with the names of their columns."""
+    """`read_judged` of rows that were read already, with the names of their columns; with any number of completions a row, if so asked."""
     kind = kind_of(names)
     if kind is None:
         wanted = sorted({name for needed in KINDS.values() for name in needed})
@@ -147,9 +149,9 @@ def judged_rows(
         except ValueError as error:
             problems.append(str(error))
     sizes = {len(row.completions) for row in found}
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not any_number:
         problems.append(
-            f"{path_or_id}: rows of {min(sizes)} to {max(sizes)} completions, expected as many in each; split the long ones"
+            f"{path_or_id}: rows of {min(sizes)} to {max(sizes)} completions, expected as many in each; make pairs of them (klimb data convert --to pairs)"
         )
     return found, problems
 
@@ -214,10 +216,10 @@ def _alone(where: str, row: Mapping[str, object]) -> tuple[list[object], tuple[f
 
 READ: Mapping[str, Callable[[str, Mapping[str, object]], tuple[list[object], tuple[float, ...]]]] = {
     "pairs": _pair,
-    "labelled": _labelled,
+    "unpaired": _labelled,
     "ranked": _ranked,
     "completions": _alone,
-    "conversations": _alone,
+    "messages": _alone,
 }
 
 

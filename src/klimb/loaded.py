@@ -22,8 +22,9 @@ from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
 from klimb.models.families import full, lora
 from klimb.models.hub import DTYPES, load_model
-from klimb.models.policy import CausalPolicy, adapters, check_head
-from klimb.models.soft_prompt import is_soft_prompt, load_soft_prompt, soft_prompt
+from klimb.models.policy import CausalPolicy, check_head
+from klimb.models.soft_prompt import soft_prompt
+from klimb.models.trained import load_trained
 from klimb.nearest import nearest_file
 from klimb.rewards.cache import reward_cache
 from klimb.rewards.load import check_columns, load_reward, no_reward, source_hash, weighted_sum
@@ -211,29 +212,10 @@ def _policies(
     size = config.max_chunk_tokens
     model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
     start = config.family.start if isinstance(config.family, Lora) else None
-    if policy_folder is not None and not Path(policy_folder).is_dir():
-        raise ValueError(f"{policy_folder}: no such folder; expected a trained policy, such as RUN/policy")
-    if policy_folder is not None and is_soft_prompt(policy_folder):
-        reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
-        check_head(reference)
-        policy = load_soft_prompt(reference, policy_folder)
-    elif policy_folder is not None and (Path(policy_folder) / "adapter_config.json").is_file():
-        policy, reference = lora(model, tokenizer, start=policy_folder, max_chunk_tokens=size)
-        assert isinstance(policy.activate, partial)
-        wrapped = policy.activate.args[0]
-        wrapped.delete_adapter("reference")  # the policy as it ended is not where it started
-        if start is not None:
-            wrapped.load_adapter(
-                start, adapter_name="reference", is_trainable=False, autocast_adapter_dtype=False
-            )
-        speaks = None if start is None else "reference"
-        reference = replace(reference, activate=partial(adapters, wrapped, active=speaks))
-    elif policy_folder is not None:
-        moved, _ = load_model(str(policy_folder), **options)
-        policy = CausalPolicy(moved, tokenizer, max_chunk_tokens=size)
-        reference = CausalPolicy(model, tokenizer, max_chunk_tokens=size)
-        check_head(policy)
-        check_head(reference)
+    if policy_folder is not None:
+        policy, reference = load_trained(
+            policy_folder, model, tokenizer, start=start, max_chunk_tokens=size, **options
+        )
     elif isinstance(config.family, Lora):
         policy, reference = lora(
             model,

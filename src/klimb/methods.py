@@ -30,13 +30,13 @@ from klimb.objectives.bind import lacking, name_of, wanted
 from klimb.objectives.candidates import exo, info_nca, nca
 from klimb.objectives.f_divergence import f_divergence
 from klimb.objectives.forward_kl import forward_kl
-from klimb.objectives.generators import FAMILIES, divergence
+from klimb.objectives.generators import FAMILIES, GENERATORS, divergence
 from klimb.objectives.kl_penalty import CELLS, ESTIMATORS
 from klimb.objectives.likelihood import dpg, filtered, raft, reward_weighted, sft
 from klimb.objectives.log_variance import log_variance
 from klimb.objectives.path_consistency import path_consistency
 from klimb.objectives.penalised import penalised
-from klimb.objectives.preference import chi_po, dpo, ipo, slic, wpo
+from klimb.objectives.preference import chi_po, dpo, ipo, preference, slic, wpo
 from klimb.objectives.reference_free import cpo, orpo, simpo
 from klimb.objectives.reverse_kl import reverse_kl
 from klimb.objectives.squared import length_normalised_balance, pmd_mean, trajectory_balance
@@ -102,6 +102,29 @@ def _f_divergence(name: str, divergence: str, *, caveat: str, source: str = "Go 
         caveat=caveat,
         source=source,
         objective=partial(f_divergence, f=name, baseline=None),
+    )
+
+
+def _f_dpo(name: str) -> Method:
+    """A row of `dpo` that scores by the slope of another divergence than KL(pi||ref)."""
+    f = divergence(name)
+    if f.leaves_out:
+        raise ValueError(
+            f"f_dpo({name}): got a divergence whose slope is finite where pi/ref = 0, so that its best policy may leave "
+            "completions out, of which comparisons say nothing; expected one whose slope goes to -inf there: "
+            f"{', '.join(x for x, g in GENERATORS.items() if not g.leaves_out)}, alpha below 1, skew_reverse_kl or "
+            "generalized_js; chi_po has chi-squared beside KL"
+        )
+    return Method(
+        knows="comparisons, of which the reward gives the chances",
+        divergence="cross entropy of who wins, the slope f'(pi/ref) of any divergence for a score",
+        draws="any of full support",
+        claim="value",
+        fixed_point="another: the best policy under beta D_f(pi||ref) in the place of KL, beta f'(pi/ref) = r - c",
+        caveat="gap and share are of the tilt, which this is not; beta is a price on another divergence's nats; f'(0) must be -inf: "
+        "not total_variation, chi2_reverse, skew_kl, alpha above 1",
+        source="Wang et al., 2024",
+        objective=partial(preference, score=f.slope),
     )
 
 
@@ -275,6 +298,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             source="Huang et al., 2024",
             objective=chi_po,
         ),
+        "f_dpo(jensen_shannon)": _f_dpo("jensen_shannon"),
         "simpo": Method(
             knows="comparisons, of which the reward gives the chances",
             divergence="cross entropy of who wins by mean log-probability a token, less a margin",
@@ -536,10 +560,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 def method(name: str) -> Method:
-    """The row of this name; a divergence with a number of one's own, as alpha(0.3), is a row too.
+    """The row of this name; a divergence with a number of one's own, as alpha(0.3), is a row too, and f_dpo of one.
 
     Raises:
-        ValueError: no such row, or the number is outside the divergence's domain.
+        ValueError: no such row, the number is outside the divergence's domain, or f_dpo of one that does not fit.
 
     Example:
         >>> method("alpha(0.3)").objective.keywords["f"]
@@ -548,10 +572,14 @@ def method(name: str) -> Method:
         Traceback (most recent call last):
         ...
         ValueError: skew_kl: got 2.0, expected a number strictly between 0 and 1 (0 is forward_kl, 1 is zero everywhere)
+        >>> method("f_dpo(alpha(0.3))").claim
+        'value'
     """
     if name in METHODS:
         return METHODS[name]
-    stem = name.partition("(")[0]
+    stem, _, rest = name.partition("(")
+    if stem == "f_dpo" and rest.endswith(")"):  # under KL(pi||ref) itself it is dpo
+        return METHODS["dpo"] if rest == "reverse_kl)" else _f_dpo(rest[:-1])
     if stem not in FAMILIES:
         raise ValueError(f"no method {name!r}{nearest(name, METHODS)}; klimb methods lists them")
     divergence(name)
@@ -634,7 +662,7 @@ def working_with(known: Collection[str]) -> list[str]:
         >>> working_with(["log_target", "log_q", "log_w"])
         ['log_variance', 'reverse_kl', 'forward_kl', 'sft']
     """
-    return [name for name, row in METHODS.items() if row.objective is not None and _works(row, known)]
+    return [name for name, row in METHODS.items() if row.objective is not None and works(row, known)]
 
 
 def weighs_by_law(function: Numbers) -> bool:
@@ -647,7 +675,8 @@ def weighs_by_law(function: Numbers) -> bool:
     return not OF_THE_DRAWING_LAW.isdisjoint(wanted(function))
 
 
-def _works(row: Method, known: Collection[str]) -> bool:
+def works(row: Method, known: Collection[str]) -> bool:
+    """True if a row can be trained where of the draws these numbers are known, besides those that training has of any draws."""
     assert row.objective is not None
     names = OF_THE_POLICY.union(known)
     for name, function in (*row.derived.items(), ("", row.objective)):
@@ -746,6 +775,10 @@ NOT_PROVIDED: Mapping[str, str] = MappingProxyType(
         "mpo": "is reward_weighted on draws of the last round's policy",
         "qrpo": "is trajectory_balance of the quantile reward with its exact log Z (quantile_log_partition)",
         "best_of_n_distillation": "is sft on draws of the best_of sampler",
+        "online_dpo": "is dpo, which unless learn_from is data compares fresh draws of the policy, judged by the reward",
+        "rso": "is dpo or slic on pairs of draws that rejection kept: klimb data pairs RUN --from target, and learn_from data",
+        "nash_md": "leads where ipo on fresh draws does, to ref exp(P(y beats pi) / beta): its opponent, a mixture with ref, is another way there",
+        "xpo": "is dpo less alpha KL(ref||pi), optimism that moves the minimum off the target, and needs each draw's partner from ref",
         "rejection_fine_tuning": "is sft on draws of the rejection sampler, and keeps the target; raft does not",
         "vmpo": "keeps the better half of a batch: ranks across prompts, which no tilt of a reward follows",
         "k1_as_a_loss": "has an expected gradient of zero: it would train noise",

@@ -11,8 +11,9 @@ import torch
 from klimb.data import Pool
 from klimb.distil import Distance
 from klimb.measure import Measurement
-from klimb.numbers.estimate import Estimate, mean_estimate
+from klimb.numbers.estimate import Estimate, bootstrap, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
+from klimb.numbers.ordering import agreement
 from klimb.plan import Plan
 from klimb.steps import Step
 
@@ -26,6 +27,7 @@ def plan_record(
         "beta": {"value": beta, "why": why},
         "optimum": _point(found.at(beta, generator=generator)),
         "reference": {"reward": found.reference_reward.as_dict(), "reward_std": _known(found.reward_std)},
+        **_rewards({"reference": found.pool}),
         "frontier": [_point(point) for point in found.frontier],
         "best_of_n": [
             {"n": best.n, "reward": best.reward.as_dict(), "kl": best.kl.as_dict()}
@@ -48,6 +50,33 @@ def _point(point: FrontierPoint) -> dict[str, Any]:
 def _known(value: float) -> float | None:
     """None for a spread or a mean of forbidden rewards (-inf), which is not defined."""
     return None if math.isnan(value) else value
+
+
+def _rewards(pools: Mapping[str, Pool]) -> dict[str, Any]:
+    """Where several rewards are asked, each one by itself under each law, and how it orders the reference's draws beside what is learned."""
+    reference = pools["reference"]
+    if len(reference.parts) < 2:
+        return {}
+    return {
+        "rewards": {
+            name: {
+                **{law: _over_prompts(pool.parts[name].nanmean(1), pool) for law, pool in pools.items()},
+                "agreement": _over_prompts(agreement(reference.reward, part), reference),
+            }
+            for name, part in reference.parts.items()
+        }
+    }
+
+
+def _over_prompts(each: torch.Tensor, pool: Pool) -> dict[str, Any] | None:
+    """The mean of a number a prompt, where it has one; None for fewer than two."""
+    each = each[~each.isnan()].double()
+    if len(each) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    low, high = bootstrap(lambda x: x.mean(-1), each, generator=generator, within=False)
+    draws = len(each) * pool.draws.num_draws
+    return Estimate(each.mean().item(), low.item(), high.item(), draws).as_dict()
 
 
 def step_record(step: Step) -> dict[str, Any]:
@@ -89,6 +118,7 @@ def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str
         **({"raw_reward": _raw_reward(found)} if "means" in target else {}),
         **{name: getattr(c, name).as_dict() for name in estimates},
         "reference": {"reward": c.reference_reward.as_dict()},
+        **_rewards({"policy": found.policy_pool, "reference": found.reference_pool}),
         "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
         "diagnosis": {
             "verdict": found.diagnosis.verdict,

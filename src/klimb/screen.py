@@ -188,6 +188,7 @@ def _planned(plan: Mapping[str, Any]) -> RenderableType:
     _aim(table, plan["target"])
     table.add_row("beta", f"{beta['value']:.4g} reward a nat  ({beta['why']})")
     table.add_row("reference reward", estimate(plan["reference"]["reward"]))
+    _parts(table, plan)
     table.add_row("predicted optimum", estimate(plan["optimum"]["reward"]))
     table.add_row("  at KL", estimate(plan["optimum"]["kl"]) + " nats")
     for best in plan["best_of_n"][1:]:
@@ -223,6 +224,7 @@ def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -
     if "raw_reward" in found:
         table.add_row("  its plain reward", estimate(found["raw_reward"]["policy"]))
     table.add_row("  at sequence KL", estimate(found["kl"]) + " nats")
+    _parts(table, found)
     table.add_row("gap to the optimum", f"{estimate(found['gap'])} reward  (beta {found['beta']:.4g})")
     table.add_row("share attained", estimate(found["attained"]))
     _compared(table, found)
@@ -231,6 +233,13 @@ def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -
     for warning in found["warnings"]:
         table.add_row("warning", Text(warning, style="yellow"))
     return table
+
+
+def _parts(table: Any, found: Mapping[str, Any]) -> None:
+    """Each of several rewards by itself: its mean under the policy or else the reference, and how it orders pairs of draws."""
+    for name, part in found.get("rewards", {}).items():
+        mean = estimate(part.get("policy", part["reference"]))
+        table.add_row(f"  {name}", f"{mean}; pairs ordered alike {estimate(part['agreement'])}")
 
 
 def _distance(table: Any, found: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ FLOORS = [  # from the bottom
     {"learn", "log_z"},
     {"batch", "steps"},
     {"plan", "train", "measure", "sample", "distil"},
-    {"report", "store", "config", "dataset", "comparisons", "tasks"},
+    {"report", "store", "config", "dataset", "comparisons", "convert", "tasks"},
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
     {"training", "planning"},

@@ -3,14 +3,17 @@
 Six atoms, all tuples of draws; minima by L-BFGS on the logits, to the end.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch.autograd.gradcheck import gradcheck
 
-from klimb.exact import categorical, kl, normalise, random_logits, tilt, tuples
-from klimb.objectives import bco, cpo, dpo, exo, info_nca, ipo, kto, nca, orpo, preference, simpo, wpo
+from klimb.exact import categorical, kl, log_prob, normalise, random_logits, tilt, tuples
+from klimb.exact.linter import inspect, toy
+from klimb.methods import method
+from klimb.objectives import bco, chi_po, cpo, dpo, exo, info_nca, ipo, kto, nca, orpo, preference, simpo, wpo
 from klimb.objectives.generators import divergence
 from klimb.objectives.preference import (
     bradley_terry,
@@ -89,23 +92,80 @@ def test_ipo_follows_the_chance_of_beating_the_law_that_drew(law, minimise):
     assert kl(found, LOG_P) > 1e-2
 
 
+def test_ipo_of_its_own_draws_stops_at_the_regularised_nash_equilibrium():
+    """Where nash_md leads: pi = ref exp(P(y beats pi) / beta), the best answer to itself."""
+    at = replace(toy(beta=0.3), reward=4 * toy().reward)
+    log_ref, chances = log_prob(at.ref, at.space), bradley_terry(at.reward[:, None] - at.reward)
+    log_pi = log_ref
+    for _ in range(500):
+        log_pi = normalise(tilt(log_ref, chances @ log_pi.exp(), at.beta))
+    found = inspect(ipo, at, num_draws=2).fixed_point.log()
+    assert kl(found, log_pi) < 1e-10
+    fixed_opponent = normalise(tilt(log_ref, chances @ log_ref.exp(), at.beta))
+    assert kl(found, fixed_opponent) > 1e-6
+    assert kl(found, at.log_p) > 1e-2
+
+
 @pytest.mark.parametrize(
-    "score",
+    "name",
     [
-        divergence("jensen_shannon").slope,
-        divergence("alpha(0.5)").slope,
-        divergence("chi2_forward").slope,
-        ratio_and_log,
+        "reverse_kl",
+        "forward_kl",
+        "jensen_shannon",
+        "chi2_forward",
+        "squared_hellinger",
+        "alpha(0.5)",
+        "alpha(-0.5)",
+        "skew_reverse_kl(0.3)",
+        "generalized_js(0.2)",
     ],
-    ids=["Jensen-Shannon", "alpha", "chi-squared", "chi-PO"],
 )
-def test_another_slope_has_the_best_policy_under_that_divergence(score, minimise):
-    """beta f'(pi/ref) = r - nu: the stationary point of E r - beta D_f(pi||ref)."""
-    found = minimise(expected(partial(compared, objective=partial(preference, score=score)), OFF))
-    left = REWARD - BETA * score(found - LOG_REF)
+def test_f_dpo_has_the_best_policy_under_that_divergence(name, minimise):
+    """The same law as from the value itself, E r - beta D_f(pi||ref) made large without any comparison."""
+    f = divergence(name)
+
+    def worth(log_pi):
+        return (log_pi.exp() * (REWARD - BETA * f.value(log_pi - LOG_REF))).sum()
+
+    found = minimise(expected(partial(compared, objective=method(f"f_dpo({name})").objective), OFF))
+    best = minimise(lambda log_pi: -worth(log_pi))
+    assert kl(found, best) < 1e-8
+    left = REWARD - BETA * f.slope(found - LOG_REF)
+    assert left.max() - left.min() < 1e-5
+    assert (kl(found, LOG_P) < 1e-8) == (name == "reverse_kl")
+    if name != "reverse_kl":  # the caveat, and the mutant: as if it were dpo's
+        assert kl(found, LOG_P) > 1e-4
+        assert (REWARD - BETA * log_ratio(found - LOG_REF)).std() > 1e-2
+
+
+def test_chi_po_has_the_best_policy_under_both_prices(minimise):
+    found = minimise(expected(partial(compared, objective=chi_po), OFF))
+    left = REWARD - BETA * ratio_and_log(found - LOG_REF)
     assert left.max() - left.min() < 1e-5
     assert kl(found, LOG_P) > 1e-3
-    assert (REWARD - BETA * log_ratio(found - LOG_REF)).std() > 1e-2  # the mutant: as if it were dpo's
+
+
+@pytest.mark.parametrize("name", ["total_variation", "chi2_reverse", "skew_kl(0.1)", "alpha(2)"])
+def test_f_dpo_of_a_slope_that_ends_at_zero_is_refused(name):
+    with pytest.raises(ValueError, match="may leave completions out"):
+        method(f"f_dpo({name})")
+
+
+def test_what_is_refused_would_lead_elsewhere(minimise):
+    """The best policy under chi-squared leaves a completion out; comparisons by its slope then end at another law."""
+    beta, slope = 0.2, divergence("chi2_reverse").slope
+    low, high = REWARD.min() - 1e3, REWARD.max()
+    for _ in range(200):  # ref relu(1 + (r - nu) / (2 beta)), nu by bisection
+        nu = (low + high) / 2
+        best = LOG_REF.exp() * torch.relu(1 + (REWARD - nu) / (2 * beta))
+        low, high = (nu, high) if best.sum() > 1 else (low, nu)
+    assert (best == 0).any()
+
+    def method_of(log_pi, y):
+        return preference(log_pi[y], LOG_REF[y], REWARD[y], beta, score=slope)
+
+    found = minimise(expected(method_of, OFF)).exp()
+    assert (found - best).abs().max() > 1e-2
 
 
 def test_labels_of_the_judge_average_to_its_chances():

@@ -120,6 +120,13 @@ def test_a_divergence_with_a_number_of_ones_own_has_the_texts_of_its_family_alon
     assert [other.divergence for other in METHODS.values()].count(own.divergence) == 1
 
 
+def test_f_dpo_of_any_divergence_has_the_texts_of_its_row_alone():
+    row, own = METHODS["f_dpo(jensen_shannon)"], method("f_dpo(alpha(0.3))")
+    assert {**own.as_dict(), "objective": None} == {**row.as_dict(), "objective": None}
+    assert own.objective.keywords["score"] is not row.objective.keywords["score"]
+    assert method("f_dpo(reverse_kl)") is METHODS["dpo"]
+
+
 @pytest.mark.parametrize("name", [n for n in TRAINED if leads_to_the_target(n)])
 def test_a_constant_added_to_every_reward_changes_no_fixed_point(name):
     """It is a factor of Z and nothing else."""

@@ -11,6 +11,26 @@ from klimb.store import list_checkpoints
 
 CHAT = [{"role": "user", "content": "write a review"}]
 
+DATA = {
+    "learn_from": "data",
+    "method": "dpo",
+    "kl_budget": None,
+    "num_plan_draws": 40,
+    "num_generations": None,
+    "num_replay": None,
+}
+ROW = {"prompt": "review", "split": "train"}
+JUDGED = {
+    kind: [{**ROW, **row}, {**ROW, **row, "split": "test"}]
+    for kind, row in {
+        "pairs": {"chosen": "good", "rejected": "bad"},
+        "same": {"chosen": "good", "rejected": "good"},
+        "unpaired": {"completion": "good", "label": True},
+        "alone": {"completion": "good"},
+        "prompts": {"thing": "good"},
+        "misspelt": {"chsen": "good", "rejected": "bad"},
+    }.items()
+}
 # name, options that change, what is done to the files of the test's folder, words that the message must hold
 CASES = [
     ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean '--learning_rate'"]),
@@ -229,6 +249,75 @@ CASES = [
         None,
         ["chain_sums", "did you mean 'chain_sum'|not installed"],
     ),
+    *(
+        (f"data: {name}", {**DATA, **changes}, JUDGED[kind], words)
+        for name, kind, changes, words in [
+            (
+                "a method that needs the law",
+                "pairs",
+                {"method": "reverse_kl"},
+                ["needs the law that drew the completions"],
+            ),
+            ("a method of fresh draws", "pairs", {"method": "grpo"}, ["use one of log_variance"]),
+            ("one completion a row for dpo", "unpaired", {}, ["use kto or bco where they are labelled"]),
+            ("completions alone for dpo", "alone", {"judge": "scores"}, ["has one a row"]),
+            (
+                "draws beside it",
+                "pairs",
+                {"num_generations": 4},
+                ["learn_from data draws nothing to learn from"],
+            ),
+            ("a budget", "pairs", {"kl_budget": 1}, ["no plan finds a beta", "give a beta"]),
+            (
+                "smoothing of a square",
+                "pairs",
+                {"method": "ipo", "label_smoothing": 0.1},
+                ["ipo has no logistic"],
+            ),
+            ("scores for kto", "pairs", {"method": "kto", "judge": "scores"}, ["kto compares nothing"]),
+            (
+                "scores that are not there",
+                "pairs",
+                {"judge": "scores"},
+                ["no scores of these pairs", "score_chosen"],
+            ),
+            (
+                "another target",
+                "pairs",
+                {"target.kind": "length_normalized"},
+                ["length_normalized", "expected tilt"],
+            ),
+            ("an evaluation in between", "pairs", {"eval_steps": 2}, ["no evaluation in between"]),
+            (
+                "no such split",
+                "pairs",
+                {"dataset_test_split": "tset"},
+                ["no split 'tset'", "did you mean 'test'"],
+            ),
+            ("the same twice", "same", {}, ["line 1", "chosen and rejected are the same"]),
+            ("prompts alone", "prompts", {}, ["no judged completions", "expected chosen and rejected"]),
+            ("a misspelt column", "misspelt", {}, ["did you mean 'chosen'"]),
+            (
+                "f_dpo without its f",
+                "pairs",
+                {"method": "f_dpo"},
+                ["something in brackets", "f_dpo(jensen_shannon)"],
+            ),
+            ("f_dpo of none", "pairs", {"method": "f_dpo(jenson)"}, ["did you mean jensen_shannon"]),
+            (
+                "f_dpo of a slope that ends",
+                "pairs",
+                {"method": "f_dpo(total_variation)"},
+                ["f_dpo(total_variation)", "may leave completions out"],
+            ),
+        ]
+    ),
+    (
+        "labels of draws",
+        {"label_smoothing": 0.1},
+        None,
+        ["label_smoothing is about completions of data"],
+    ),
     ("weights that do not fit", {"reward_weights": [1.0, 2.0]}, None, ["2 reward_weights", "1 reward_funcs"]),
 ]
 REWARDS = """
@@ -285,6 +374,41 @@ def test_bad_input(klimb, tiny_run, options, tmp_path, monkeypatch, changes, fil
     refused(klimb("climb", "-q", *options(settings)), words)
     after = [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)]
     assert after == before  # nothing half-written
+
+
+def test_a_plan_needs_draws(klimb, tiny_run, options, tmp_path):
+    settings = {**tiny_run, **DATA}
+    prepare(tmp_path, settings, JUDGED["pairs"])
+    refused(klimb("plan", *options(settings)), ["plan: learn_from data draws nothing"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--from", "targets"], ["got 'targets'", "draws or target"]),
+        (["--from", "target"], ["--beta None", "positive number"]),
+        (["--from", "target", "--beta", "-1"], ["--beta -1"]),
+        (["--beta", "0.1"], ["use --from target"]),
+        (["--from", "target", "--beta", "0.1", "--bound", "0.1"], ["the bound 0.1 is not one"]),
+        (["-o", "pairs.txt"], ["expected a file ending in .jsonl"]),
+        (["-o", "rewards.py/pairs.jsonl"], ["no such folder rewards.py"]),
+        (["-o", "there.jsonl"], ["there.jsonl: is there already", "--force"]),
+    ],
+)
+def test_pairs_that_cannot_be_made(klimb, planned, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.jsonl").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    refused(klimb("data", "pairs", planned, *words, *([] if "-o" in words else ["-o", "new.jsonl"])), said)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
+
+
+def test_pairs_of_the_target_need_draws_of_the_reference(klimb, tiny_run, options, planned, tmp_path):
+    assert klimb("sample", planned, "-q", "--method", "best_of")[0] == 0
+    words = ["-o", tmp_path / "new.jsonl", "--from", "target", "--beta", "0.1"]
+    found = klimb("data", "pairs", planned / "draws/sample.parquet", *words)
+    refused(found, ["keeps draws of the reference", "best of n"])
 
 
 def test_targets_that_are_in_python_only_are_there():

@@ -139,7 +139,19 @@ def advised(policies, name, **known):
 def test_draws_of_an_unknown_law_are_refused_with_the_methods_that_can_learn_from_them(policies):
     named = advised(policies, "forward_kl", knows_law=False)
     likelihood = ["sft", "reward_weighted", "raft", "filtered"]
-    compared = ["dpo", "ipo", "wpo", "slic", "chi_po", "simpo", "cpo", "orpo", "kto", "bco"]
+    compared = [
+        "dpo",
+        "ipo",
+        "wpo",
+        "slic",
+        "chi_po",
+        "f_dpo(jensen_shannon)",
+        "simpo",
+        "cpo",
+        "orpo",
+        "kto",
+        "bco",
+    ]
     assert named == ["log_variance", "pmd_mean", *compared, "exo", "info_nca", "nca", *likelihood]
     for name in named:
         assert first_step(policies, name, knows_law=False).step == 1

@@ -98,6 +98,7 @@ TRAINED = (
     "wpo",
     "slic",
     "chi_po",
+    "f_dpo(jensen_shannon)",
     "simpo",
     "cpo",
     "orpo",
@@ -386,7 +387,7 @@ class Config(BaseModel):
             return data
         data = dict(data)
         if data.get("learn_from") == "data":
-            data = {**dict.fromkeys(DRAWN, 0), **{name: x for name, x in data.items() if x is not None}}
+            data |= {name: 0 for name in DRAWN if data.get(name) is None}
             if all(data.get(name) is None for name in DESTINATIONS):
                 data["beta"] = 0.1
         for name, kind in UNIONS.items():
@@ -404,7 +405,7 @@ class Config(BaseModel):
         if data.get("num_replay") is None:
             data["num_replay"] = 8 if data.get("method", "log_variance") == "log_variance" else 0
         if data.get("method") == "distill":
-            data = {**dict.fromkeys(DRAWN[1:], 0), **{name: x for name, x in data.items() if x is not None}}
+            data |= {name: 0 for name in DRAWN[1:] if data.get(name) is None}
         return data
 
     @field_validator("reward_funcs", mode="before")
@@ -440,8 +441,12 @@ class Config(BaseModel):
             return method
         if method in UNTRAINED:
             raise ValueError(UNTRAINED[method])
-        if method.partition("(")[0] in FAMILIES and method.endswith(")"):
-            return method  # its number is looked at where the divergence is known
+        stem = method.partition("(")[0]
+        if stem in (*FAMILIES, "f_dpo"):
+            if not method.endswith(")"):
+                like = next(name for name in TRAINED if name.startswith(f"{stem}("))
+                raise ValueError(f"expected it with something in brackets, as {like}")
+            return method  # what is in them is looked at where divergences are known
         if method not in TRAINED:
             raise ValueError(f"no such method{nearest(method, TRAINED)}; klimb methods lists them")
         return method

@@ -41,3 +41,26 @@ def ordering(log_rho: Tensor, labels: Tensor, lengths: Tensor, beta: float) -> d
         "surprise": -logsigmoid(margin),
         "longer": (apart(lengths.float()).sign() + 1) / 2,
     }
+
+
+def agreement(first: Tensor, second: Tensor) -> Tensor:
+    """[P] of the pairs of a prompt's draws that both rewards order, the share that they order alike; NaN where there is none.
+
+    1 is the same order, 1/2 knows nothing of it: (1 + tau) / 2 of Kendall's tau where nothing ties.
+
+    Args:
+        first: [P, G] one reward.
+        second: [P, G] another one; NaN where it does not apply.
+
+    Example:
+        >>> agreement(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 5.0, 4.0]]))
+        tensor([0.6667])
+
+    Source: Kendall, "A new measure of rank correlation", 1938.
+    """
+    shares = []
+    for one, other in zip(first, second, strict=True):  # prompt by prompt: pairs are many
+        i, j = torch.triu_indices(len(one), len(one), 1)
+        alike = (one[i] - one[j]).sign() * (other[i] - other[j]).sign()
+        shares.append(((alike[alike.abs() == 1] + 1) / 2).mean())
+    return torch.stack(shares)

@@ -52,6 +52,11 @@ class Divergence:
         """Whether it is finite where the policy cannot make what the target has."""
         return math.isfinite(self.at_zero)
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the best policy under a price on D_f(pi||ref) may leave out what ref can make: f'(0) is finite."""
+        return math.isfinite(self.slope(torch.tensor(-math.inf)).item())
+
 
 def alpha(a: float) -> Divergence:
     """The alpha family: f = (t^a - 1) / (a (a - 1)), between KL(p||pi) at a -> 0 and KL(pi||p) at a -> 1.

@@ -27,6 +27,7 @@ BUILTIN = {
     "similarity": "klimb.rewards.similarity:similarity",
     "http": "klimb.rewards.remote:Http",
     "judge": "klimb.rewards.judge:Judge",
+    "implied": "klimb.rewards.implied:implied",
 }
 """short name -> what makes it, called with the options"""
 DRAWN = ("prompts", "completions", "completion_ids")
@@ -34,7 +35,7 @@ DRAWN = ("prompts", "completions", "completion_ids")
 
 
 def parted(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of a reward and its options, from a name alone or `{func: NAME, ...options}`.
+    """The name of a reward and its options, from a name alone or `{func: NAME, ...options}`; implied:RUN is short for its one.
 
     Raises:
         ValueError: a mapping without a text `func`.
@@ -44,9 +45,12 @@ def parted(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         ('regex', {'pattern': '[0-9]'})
         >>> parted("exact")
         ('exact', {})
+        >>> parted("implied:runs/dpo")
+        ('implied', {'policy': 'runs/dpo'})
     """
     if isinstance(spec, str):
-        return spec, {}
+        name, colon, policy = spec.partition(":")
+        return (name, {"policy": policy}) if name == "implied" and colon else (spec, {})
     name = spec.get("func")
     if not isinstance(name, str):
         raise ValueError(

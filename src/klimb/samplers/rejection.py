@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from klimb.data import Draws, Example, Sampler, join, pick, select, stack
 from klimb.models.policy import CausalPolicy
@@ -89,12 +90,7 @@ def _one(
             )
         tries += batch
         reward = score(target.reward, draws).total[0]
-        if bool((reward > bound).any()):
-            raise ValueError(
-                f"rejection: the bound {bound:g} is not one: a completion has reward {reward.max().item():g}; "
-                "with a bound that is exceeded the draws would not come from the target"
-            )
-        accepted = torch.rand(batch, generator=generator) < ((reward - bound) / target.beta).exp()
+        accepted = torch.rand(batch, generator=generator) < acceptance(reward, target.beta, bound)
         index = accepted.nonzero()[:, 0]
         found += len(index)
         if len(index):
@@ -107,3 +103,36 @@ def _one(
         full_support=True,
         own_law=False,
     )
+
+
+def acceptance(reward: Tensor, beta: float, bound: float | None = None) -> Tensor:
+    r"""[..., G] the chance with which rejection keeps each draw of the reference, exp((r - bound) / beta).
+
+    With an upper bound of the reward what is kept has exactly the law p = ref exp(r / beta) / Z. Without one the largest reward of the
+    G draws takes its place (RSO), which then is always kept: of G draws y is kept
+    $$ G\, \text{ref}(y)\, E \exp((r_y - \max(r_y, M)) / \beta) $$
+    times on average, M the largest reward of the others: nearer to ref than p is, all of ref at G = 1, and p as G grows.
+
+    Args:
+        reward: [..., G] units of reward; -inf is never kept.
+        beta: units of reward per nat.
+        bound: an upper bound of the reward, or None.
+
+    Raises:
+        ValueError: a reward above the bound.
+
+    Example:
+        >>> acceptance(torch.tensor([0.0, 1.0]), 0.5), acceptance(torch.tensor([0.0, 1.0]), 0.5, bound=2.0)
+        (tensor([0.1353, 1.0000]), tensor([0.0183, 0.1353]))
+
+    Source: Liu et al., "Statistical rejection sampling improves preference optimization", 2024, which takes what was kept away
+    and begins again until there is enough; here each draw is asked once, so that they stay independent where the bound is given.
+    """
+    if bound is None:
+        return ((reward - reward.amax(-1, keepdim=True)) / beta).exp().where(reward > -torch.inf, 0.0)
+    if bool((reward > bound).any()):
+        raise ValueError(
+            f"rejection: the bound {bound:g} is not one: a completion has reward {reward.max().item():g}; "
+            "with a bound that is exceeded the draws would not come from the target"
+        )
+    return ((reward - bound) / beta).exp()

@@ -10,11 +10,13 @@ nothing here runs code when it is read.
 whole.py         files and folders that are whole or not there; JSON, YAML, JSONL
 run.py           the directory of a run
 draws.py         tables of draws
+rows.py          rows of data, as klimb.dataset reads them
 checkpoints.py   what a training goes on from
 """
 
 from klimb.store.checkpoints import Checkpoint, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from klimb.store.draws import StoredDraws, read_draws, write_draws, write_pool
+from klimb.store.rows import check_new, write_rows
 from klimb.store.run import check_free, create_run, draws_path, environment, remove_draws_after, undo_run
 from klimb.store.whole import (
     append_jsonl,
@@ -34,6 +36,7 @@ __all__ = [
     "append_jsonl",
     "as_json",
     "check_free",
+    "check_new",
     "create_run",
     "draws_path",
     "environment",
@@ -50,6 +53,7 @@ __all__ = [
     "write_draws",
     "write_json",
     "write_pool",
+    "write_rows",
     "write_whole",
     "write_yaml",
 ]
