@@ -75,49 +75,49 @@ class Product:
         narrow = (x @ a.t()).mul_(scale)
         return y.addmm_(narrow, b), narrow
 
-    def backward(
-        self, upstream: Tensor, x: Tensor, narrow: Tensor | None, found: Gradients, *, wants_x: bool
-    ) -> Tensor | None:
-        """The gradient of the rows [N, D_in], if anybody wants it; those of trained weights are added to `found`.
+    def backward(self, upstream: Tensor, x: Tensor, narrow: Tensor | None, found: Gradients) -> Tensor:
+        """The gradient of the rows [N, D_in]; those of what is trained are added to `found`.
 
         Args:
             upstream: [N, D_out].
             x: [N, D_in] what went in.
             narrow: [N, r] what `forward` said.
             found: gradients by the tensors' id.
-            wants_x: whether anything below is trained.
         """
-        heights = [len(part.weight) for part in self.parts]
-        pieces = upstream.split(heights, 1)
-        g_x = None
-        if wants_x:
-            g_x = pieces[0] @ self.parts[0].weight
-            for piece, part in zip(pieces[1:], self.parts[1:], strict=True):
-                g_x.addmm_(piece, part.weight)
+        g_narrow = self.collect(upstream, x, narrow, found)
+        pieces = self._pieces(upstream)
+        g_x = pieces[0] @ self.parts[0].weight
+        for piece, part in zip(pieces[1:], self.parts[1:], strict=True):
+            g_x.addmm_(piece, part.weight)
+        return g_x if g_narrow is None or self.adapter is None else g_x.addmm_(g_narrow, self.adapter[0])
+
+    def collect(self, upstream: Tensor, x: Tensor, narrow: Tensor | None, found: Gradients) -> Tensor | None:
+        """Add the gradients of what is trained to `found`; that of scale * x A' comes back, None without adapters."""
+        pieces = self._pieces(upstream)
         for piece, part in zip(pieces, self.parts, strict=True):
             if part.weight.requires_grad:
                 found[id(part.weight)] = piece.t() @ x
             if part.bias is not None and part.bias.requires_grad:
                 found[id(part.bias)] = piece.sum(0)
         if self.adapter is None or narrow is None:
-            return g_x
-        a, scale, b = self.adapter
+            return None
+        _, scale, b = self.adapter
         g_narrow = (upstream @ b.t()).mul_(scale)
-        if g_x is not None:
-            g_x.addmm_(g_narrow, a)
-        own = [part for part in self.parts if part.adapter is not None]
-        ranks = [len(part.adapter[0]) for part in own if part.adapter is not None]
-        g_a = g_narrow.t() @ x if any(part.trained() for part in own) else None
-        rows = iter(zip([] if g_a is None else g_a.split(ranks), narrow.split(ranks, 1), strict=False))
+        start = 0
         for piece, part in zip(pieces, self.parts, strict=True):
-            if part.adapter is None or g_a is None:
+            if part.adapter is None:
                 continue
-            (mine_a, mine_narrow), (own_a, own_b, _) = next(rows), part.adapter
-            if own_a.requires_grad:
-                found[id(own_a)] = mine_a
-            if own_b.requires_grad:
-                found[id(own_b)] = piece.t() @ mine_narrow
-        return g_x
+            a, wide, _ = part.adapter
+            mine = slice(start, start := start + len(a))
+            if a.requires_grad:
+                found[id(a)] = g_narrow[:, mine].t() @ x
+            if wide.requires_grad:
+                found[id(wide)] = piece.t() @ narrow[:, mine]
+        return g_narrow
+
+    def _pieces(self, upstream: Tensor) -> tuple[Tensor, ...]:
+        """[N, D_out] -> [N, d] of each layer."""
+        return upstream.split([len(part.weight) for part in self.parts], 1)
 
 
 def side_by_side(linears: Sequence[Any]) -> Product:

@@ -183,15 +183,15 @@ def _backward(
     n_qkv, n_output, n_gate_up, n_down = seen.narrow
     gate, up = seen.gate_up.chunk(2, 1)
     active = nn.functional.silu(gate)
-    g_active = layer.down.backward(g, active * up, n_down, found, wants_x=True)
+    g_active = layer.down.backward(g, active * up, n_down, found)
     g_gate_up = torch.empty_like(seen.gate_up)
     g_gate, g_up = g_gate_up.chunk(2, 1)
     torch.mul(g_active, active, out=g_up)
     g_gate.copy_(torch.ops.aten.silu_backward(g_active.mul_(up), gate))
     read, size = _norm(layer.mlp_norm, seen.middle)
-    g_read = layer.gate_up.backward(g_gate_up, read, n_gate_up, found, wants_x=True)
+    g_read = layer.gate_up.backward(g_gate_up, read, n_gate_up, found)
     g = g + _norm_backward(layer.mlp_norm, g_read, seen.middle, size, found)
-    g_out = layer.output.backward(g, seen.out.flatten(1), n_output, found, wants_x=True)
+    g_out = layer.output.backward(g, seen.out.flatten(1), n_output, found)
     query, key = seen.turned[:, : -place.kv_heads], seen.turned[:, -place.kv_heads :]
     to_query, to_key, to_value = attend_backward(
         g_out.view_as(seen.out), query, key, seen.value, seen.out, seen.log_sums, place.layout, place.scale
@@ -200,16 +200,11 @@ def _backward(
     turned_back = (turned * place.cos).add_(_half_turned_back(turned * place.sin))
     g_heads = torch.cat([turned_back, to_value], 1).flatten(1)
     read, size = _norm(layer.attention_norm, seen.x)
-    g_read = layer.query_key_value.backward(
-        g_heads, read, n_qkv, found, wants_x=wants_x or _trains(layer.attention_norm)
-    )
-    if g_read is None:
+    if not (wants_x or layer.attention_norm.weight.requires_grad):
+        layer.query_key_value.collect(g_heads, read, n_qkv, found)
         return g
+    g_read = layer.query_key_value.backward(g_heads, read, n_qkv, found)
     return g + _norm_backward(layer.attention_norm, g_read, seen.x, size, found)
-
-
-def _trains(norm: Any) -> bool:
-    return norm.weight.requires_grad
 
 
 def _norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
