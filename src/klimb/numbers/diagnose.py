@@ -29,6 +29,8 @@ MEDIOCRE = 1 / 3
 """share of the lift in the plan's reach below which the best policy itself is mediocre"""
 MOVED = 0.1
 """share of the best policy's KL below which a policy has hardly moved"""
+VOID = ("kl", "gap", "attained", "efficiency")
+"""numbers that rest on the policy's log-probabilities"""
 MOST = 100
 """times as many draws as there are: more is never asked for"""
 
@@ -118,6 +120,7 @@ class Rule:
         command: what to type.
         may: numbers that are used where they are there.
         unless: rules that say more where they fire: then this one is not given.
+        voids: numbers that mean nothing where this rule fires: rules below that need one are not judged.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Rule:
     command: Callable[[Evidence, Setting], str]
     may: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
+    voids: tuple[str, ...] = ()
 
 
 def every(*margins: Tensor) -> Tensor:
@@ -197,24 +201,23 @@ def _half_way(e: Evidence, s: Setting) -> str:
 
 TABLE = (
     Rule(
+        "sampler and scorer disagree",
+        needs=("mismatch", "overlap", "kl"),
+        margin=lambda e: some(e.mismatch - e.kl.clamp_min(1.0) / 10, e.overlap - 1.25),
+        voids=VOID,
+        says="Completions are drawn from another law than the one they are scored under, so KL and gap are of neither.",
+        advice=lambda e: "Measure in float32; if it stays, sampler and scorer differ by more than rounding.",
+        command=lambda e, s: shlex.join(["klimb", "measure", s.run, "--dtype", "float32"]),
+    ),
+    Rule(
         "impossible",
         needs=("reward", "ceiling", "spread", "kl"),
-        margin=lambda e: (e.reward - e.ceiling) / e.spread - 0.05,
+        margin=lambda e: (e.reward - e.ceiling) / e.spread - 0.1,
+        voids=VOID,
         says="The policy earns more than any policy can at its KL: one of these numbers is wrong.",
         advice=lambda e: (
             "Look for a bug: sampler and scorer that disagree, a reward that leaks, a KL that is counted short."
         ),
-        command=lambda e, s: shlex.join(["klimb", "measure", s.run, "--dtype", "float32"]),
-    ),
-    Rule(
-        "sampler and scorer disagree",
-        needs=("mismatch", "overlap", "kl", "optimum_kl"),
-        margin=lambda e: some(
-            e.mismatch - torch.maximum(e.kl, e.optimum_kl).clamp_min(1.0) / 10,
-            e.overlap - 1.25,
-        ),
-        says="Completions are drawn from another law than the one they are scored under, so KL and gap are of neither.",
-        advice=lambda e: "Measure in float32; if it stays, sampler and scorer differ by more than rounding.",
         command=lambda e, s: shlex.join(["klimb", "measure", s.run, "--dtype", "float32"]),
     ),
     Rule(
@@ -254,8 +257,8 @@ TABLE = (
     ),
     Rule(
         "beta too high",
-        needs=("lift_share", "plan_lift", "spread"),
-        margin=lambda e: every(MEDIOCRE - e.lift_share, e.plan_lift / e.lift_share / e.spread - 0.3),
+        needs=("lift_share", "plan_lift"),
+        margin=lambda e: MEDIOCRE - e.lift_share,
         says="The best policy at this beta is itself hardly better than the reference: training cannot go further than it.",
         advice=_lower_beta,
         command=_half_way,
@@ -273,8 +276,9 @@ TABLE = (
     ),
     Rule(
         "mode dropped",
-        needs=("dropped", "gap", "self_gap", "spread"),
-        margin=lambda e: every(e.dropped - 0.1, (e.gap - e.self_gap) / e.spread),
+        needs=("dropped",),
+        may=("gap", "self_gap"),
+        margin=lambda e: e.dropped - 0.1,
         says="The policy has given up completions that the best policy would make; its own draws do not show it.",
         advice=lambda e: "Train with forward_kl, which covers what the target has, or with a larger beta.",
         command=lambda e, s: again(s, "covering", method="forward_kl", num_replay=0, replay_steps=0),
@@ -302,7 +306,6 @@ TABLE = (
         needs=("efficiency", "reward", "bought", "kl", "optimum_kl", "spread", "wasted"),
         margin=lambda e: every(
             (e.bought - e.reward) / e.spread - 0.2,
-            e.kl / e.optimum_kl - MOVED,
             some(0.4 - e.efficiency, every(CLOSE - e.efficiency, e.kl / e.optimum_kl - 1)),
         ),
         says="The policy went away from the reference without earning what that distance could buy.",
@@ -313,13 +316,8 @@ TABLE = (
     ),
     Rule(
         "capacity",
-        needs=("gap", "attained", "rise", "kl", "optimum_kl", "spread"),
-        margin=lambda e: every(
-            e.gap / e.spread - 0.1,
-            CLOSE - e.attained,
-            e.kl / e.optimum_kl - MOVED,
-            0.25 - e.rise / e.gap,
-        ),
+        needs=("gap", "attained", "rise", "kl", "optimum_kl"),
+        margin=lambda e: every(CLOSE - e.attained, e.kl / e.optimum_kl - MOVED, 0.25 - e.rise / e.gap),
         says="Training has come to rest short of the best policy: this family of policies may not hold it.",
         advice=lambda e: (
             "Let more weights move: more layers or a higher rank; where all of them do, a larger model."
@@ -328,15 +326,10 @@ TABLE = (
     ),
     Rule(
         "undertrained",
-        needs=("kl", "optimum_kl", "reward", "optimum_reward", "gap", "attained", "spread"),
-        may=("rise",),
+        needs=("kl", "optimum_kl", "attained"),
+        may=("reward", "optimum_reward", "gap", "rise"),
         unless=("stopped early", "hardly moved", "capacity"),
-        margin=lambda e: every(
-            e.gap / e.spread - 0.05,
-            CLOSE - e.attained,
-            1 - e.kl / e.optimum_kl,
-            (e.optimum_reward - e.reward) / e.spread,
-        ),
+        margin=lambda e: every(CLOSE - e.attained, 1 - e.kl / e.optimum_kl),
         says="KL and reward are both still below the best policy's.",
         advice=lambda e: (
             "Train longer or with a larger learning rate; if the gap stays, the family may be too small."
@@ -406,8 +399,10 @@ def diagnose(e: Evidence, setting: Setting | None = None) -> Diagnosis:
         >>> diagnose(e).verdict, diagnose(e).verdicts[0].confidence  # the policy is the reference
         ('hardly moved', 'sure')
     """
-    fired, open_, doubted, unmeasured, shares = [], [], [], {}, {}
+    fired, open_, doubted, unmeasured, shares, void = [], [], [], {}, {}, set()
     for rule in TABLE:
+        if void & set(rule.needs):
+            continue
         missing = tuple(name for name in rule.needs if getattr(e, name) is None)
         if missing:
             unmeasured[rule.name] = missing
@@ -422,6 +417,7 @@ def diagnose(e: Evidence, setting: Setting | None = None) -> Diagnosis:
         if margin[0] > 0 and share >= LIKELY:
             if not {v.name for v in fired} & set(rule.unless):
                 fired.append(_verdict(rule, e, setting, share, _more(margin, e)))
+                void |= set(rule.voids)
         elif share > UNLIKELY:
             open_.append((rule, share, _more(margin, e)))
     fired.sort(key=lambda v: v.confidence == "likely")  # stable: the order of the table within each
