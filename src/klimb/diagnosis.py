@@ -49,6 +49,7 @@ class Run:
         plan: plan.json, or empty.
         steps: metrics.jsonl.
         measured: measure.json, or empty.
+        rewarded: whether a reward says what is good; not where the target is a policy.
         target: where it went; None where no reward says, or no beta is known yet.
     """
 
@@ -57,6 +58,7 @@ class Run:
     plan: Mapping[str, Any]
     steps: Sequence[Mapping[str, Any]]
     measured: Mapping[str, Any]
+    rewarded: bool
     target: Target | None
 
 
@@ -107,14 +109,15 @@ def _read(path: Path, measured: Mapping[str, Any] | None) -> Run:
     if measured.get("beta") is not None and aim.kind != "entropy_bonus":  # of that the sum of two is written
         beta = measured["beta"]
     known: Any = None  # neither model nor reward is needed where both have already scored the draws
-    rewarded = bool(config.get("reward_funcs")) and aim.kind not in TAUGHT and beta is not None
+    rewarded = bool(config.get("reward_funcs")) and aim.kind not in TAUGHT
     return Run(
         path=path,
         config=config,
         plan=mapping("plan.json"),
         steps=store.read_jsonl(metrics) if metrics.is_file() else [],
         measured=measured,
-        target=aimed_at(aim, known, known, beta) if rewarded else None,
+        rewarded=rewarded,
+        target=aimed_at(aim, known, known, beta) if rewarded and beta is not None else None,
     )
 
 
@@ -124,6 +127,7 @@ def _setting(run: Run) -> Setting:
         run.config,
         planned=store.draws_path(run.path, "plan").is_file(),
         trained=(run.path / "policy").is_dir(),
+        rewarded=run.rewarded,
     )
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-UNLIKELY = 0.2
-"""share of resamples below which a verdict is ruled out (a test compares it with klimb.numbers.diagnose)"""
+UNLIKELY, LIKELY = 0.2, 0.8
+"""shares of resamples up to which a verdict is ruled out, and from which it is given (a test compares them)"""
 
 
 def verdict_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -49,7 +49,7 @@ def show(console: Console, record: Mapping[str, Any]) -> None:
     rest = {name: share for name, share in record["shares"].items() if name not in given}
     if out := [name for name, share in rest.items() if share <= UNLIKELY]:
         console.print(Text(f"ruled out: {', '.join(out)}"))
-    if left := [f"{name} ({share:.0%})" for name, share in rest.items() if share > UNLIKELY]:
+    if left := [f"{name} ({share:.0%})" for name, share in rest.items() if UNLIKELY < share < LIKELY]:
         console.print(Text(f"left open: {', '.join(left)}"))
     if record["unmeasured"]:
         console.print(Text(f"not measured: {', '.join(record['unmeasured'])}", style="yellow"))

@@ -131,12 +131,16 @@ def test_every_command_of_the_table_is_one_that_the_command_line_takes(klimb, ru
     from klimb.diagnosis import _planned
 
     found = _planned(_read(path, None))
-    for family in (setting.config["family"], {**setting.config["family"], "layers": 1}, {"kind": "full"}):
+    lora, soft = setting.config["family"], {"kind": "soft_prompt", "num_virtual_tokens": 4, "init": "random"}
+    for family in (lora, {**lora, "layers": 1}, soft, {"kind": "full"}):
         config = {**setting.config, "family": family}
         (path / "config.yaml").write_text(yaml.safe_dump(config))
         for rule in TABLE:
             command = rule.command(found, table.Setting(str(path), config))
             words = shlex.split(command)
+            if rule.name == "capacity" and family["kind"] == "full":
+                assert not words  # nothing is larger but another model
+                continue
             assert words[0] == "klimb"
             if words[1] == "sample" or "--resume" in words:
                 continue
@@ -144,8 +148,17 @@ def test_every_command_of_the_table_is_one_that_the_command_line_takes(klimb, ru
     assert isinstance(found, Evidence)
 
 
-def test_the_share_from_which_a_verdict_is_ruled_out_is_written_twice():
-    assert screen_diagnose.UNLIKELY == table.UNLIKELY
+def test_shares_that_are_written_twice_are_the_same():
+    assert (screen_diagnose.UNLIKELY, screen_diagnose.LIKELY) == (table.UNLIKELY, table.LIKELY)
+
+
+def test_a_run_without_a_reward_says_so(klimb, run, options, tiny_run, tmp_path):
+    settings = {"target.kind": "context", "target.context": "be kind", "method": "distill", "kl_budget": None}
+    path = run(**settings, reward_funcs=[], num_replay=0)
+    found = verdicts(klimb, path)
+    assert found["verdict"] == "not measured"
+    assert "No reward" in found["verdicts"][0]["says"]
+    assert found["command"] == f"klimb report {path}"
 
 
 def test_files_that_are_none_are_named(klimb, run):

@@ -99,12 +99,14 @@ class Setting:
         config: its resolved configuration.
         planned: whether its plan's draws are there.
         trained: whether its policy is there.
+        rewarded: whether a reward says what is good.
     """
 
     run: str
     config: Mapping[str, Any] = field(default_factory=dict)
     planned: bool = True
     trained: bool = True
+    rewarded: bool = True
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,10 @@ def _larger(e: Evidence, s: Setting) -> str:
         return again(s, "larger", **{"family.layers": None})
     if family.get("kind") == "lora":
         return again(s, "larger", **{"family.r": 4 * family["r"], "family.alpha": 4.0 * family["alpha"]})
-    return again(s, "lora", **{"family.kind": "lora"})
+    if family.get("kind") == "soft_prompt":
+        tokens = 2 * family["num_virtual_tokens"]
+        return again(s, "larger", **{"family.num_virtual_tokens": tokens})
+    return ""  # every weight moves already: only another model is larger
 
 
 def _lower_beta(e: Evidence) -> str:
@@ -492,6 +497,29 @@ def _nothing(
     unmeasured: Mapping[str, tuple[str, ...]],
 ) -> Verdict:
     """What to say where no rule fires."""
+    if setting is not None and not setting.rewarded:
+        return Verdict(
+            "not measured",
+            "cannot tell",
+            0.0,
+            "No reward says what is good here, and the verdicts are about what a reward is worth.",
+            (),
+            "Look at the report: how far the policy went, and how near it came to its target.",
+            shlex.join(["klimb", "report", setting.run]),
+        )
+    if "undertrained" in unmeasured:
+        missing = sorted({name for names in unmeasured.values() for name in names})
+        trained = setting is not None and setting.trained
+        verb = ["measure"] if trained else ["climb", "--resume"]
+        return Verdict(
+            "not measured",
+            "cannot tell",
+            0.0,
+            "What would tell has not been measured.",
+            (f"not measured: {', '.join(LABELS[name][0] for name in missing)}",),
+            "Measure the policy." if trained else "Train and measure.",
+            "" if setting is None else shlex.join(["klimb", *verb, setting.run]),
+        )
     if doubted:
         reasons = tuple(dict.fromkeys(w.removeprefix("unreliable: ") for w in doubted))
         draws = max(math.ceil(e.needs / 2), 2 * e.num_draws)
@@ -522,19 +550,6 @@ def _nothing(
             f"prompts, with {math.ceil(factor * e.num_draws)} draws of each.",
             _measure_again(setting, prompts, e.num_draws),
             more,
-        )
-    if len(unmeasured) == len(TABLE) or "undertrained" in unmeasured:
-        missing = sorted({name for names in unmeasured.values() for name in names})
-        trained = setting is not None and setting.trained
-        verb = ["measure"] if trained else ["climb", "--resume"]
-        return Verdict(
-            "not measured",
-            "cannot tell",
-            0.0,
-            "What would tell has not been measured.",
-            (f"not measured: {', '.join(LABELS[name][0] for name in missing)}",),
-            "Measure the policy." if trained else "Train and measure.",
-            "" if setting is None else shlex.join(["klimb", *verb, setting.run]),
         )
     return Verdict(
         "no fault found",
