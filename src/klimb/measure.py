@@ -81,7 +81,7 @@ def measure(
         progress=progress,
     )
     evidence = evidence_of_pools(target, policy_pool, reference_pool, generator=generator)
-    evidence = replace(as_written(evidence, published(found)), needs=found.needs)
+    evidence = as_written(evidence, published(found))
     rewards = own_reward(target, reference_pool)
     flat = bool((rewards == rewards[:, :1]).all())  # no curve, but still a certificate
     points = [] if flat else frontier(rewards, default_betas(rewards), generator=generator)

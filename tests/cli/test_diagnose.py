@@ -18,7 +18,7 @@ FAULTS = '''
 def rare(prompts, completions, **columns):
     """Good words count for one prompt in eight, the others get the same number."""
     said = good(completions)
-    return [x if str(p)[-12] == "i" else 0.5 for p, x in zip(prompts, said)]
+    return [x if " good " in p[-1]["content"] else 0.5 for p, x in zip(prompts, said)]
 
 
 def bad(completions, **columns):

@@ -408,7 +408,7 @@ def test_measure_and_sample_refuse_what_they_cannot_do(klimb, tiny_run, options,
 
 
 def test_diagnose_refuses_what_is_no_run(klimb, planned, tmp_path):
-    refused(klimb("diagnose"), ["RUN"])
+    refused(klimb("diagnose"), ["Usage: klimb diagnose"])
     refused(klimb("diagnose", tmp_path / "nothing"), ["nothing", "holds no run", "output_dir"])
     refused(klimb("diagnose", planned, "--audti", "x"), ["--audti", "--audit"])
     before = {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()}

@@ -102,7 +102,8 @@ def evidence(
     found = evidence_of_draws(mine, theirs, beta=beta, generator=g)
     names = {"frontier_efficiency": "efficiency"}
     written = {names.get(n, n): x for n, x in vars(c).items() if isinstance(x, Estimate)}
-    found = replace(as_written(found, written), needs=c.needs)
+    found = as_written(found, written)
+    assert found.needs == c.needs
     pool = side(LOG_REF, LOG_REF).reward
     flat = bool((pool == pool[:, :1]).all())
     points = [] if flat else frontier(pool, default_betas(pool), generator=g)
@@ -473,7 +474,10 @@ def test_forbidden_outcomes_are_not_close_to_the_best():
     reward = REWARD.clone()
     reward[:, 0] = -math.inf
     found = evidence(LOG_REF, reward=reward)
-    assert diagnose(found).verdict not in ("close to the best", "undertrained")
+    verdict = diagnose(found, Setting("RUN", {})).verdicts[0]
+    assert (verdict.name, found.gap) == ("cannot tell", None)
+    assert "forbidden" in verdict.says
+    assert "forward_kl" in verdict.command
 
 
 def policy_at(beta, goal):

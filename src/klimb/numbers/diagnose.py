@@ -167,6 +167,10 @@ def _of(config: Mapping[str, Any], name: str, times: float) -> float | int:
     return math.ceil(times * value) if isinstance(value, int) else times * value
 
 
+def _covering(e: Evidence, s: Setting) -> str:
+    return again(s, "covering", method="forward_kl", num_replay=0, replay_steps=0)
+
+
 def _larger(e: Evidence, s: Setting) -> str:
     family = s.config.get("family") or {}
     if family.get("layers"):
@@ -286,7 +290,7 @@ TABLE = (
         margin=lambda e: e.dropped - 0.1,
         says="The policy has given up completions that the best policy would make; its own draws do not show it.",
         advice=lambda e: "Train with forward_kl, which covers what the target has, or with a larger beta.",
-        command=lambda e, s: again(s, "covering", method="forward_kl", num_replay=0, replay_steps=0),
+        command=_covering,
     ),
     Rule(
         "stopped early",
@@ -506,6 +510,16 @@ def _nothing(
             (),
             "Look at the report: how far the policy went, and how near it came to its target.",
             shlex.join(["klimb", "report", setting.run]),
+        )
+    if e.kl is not None and e.gap is None:
+        return Verdict(
+            "cannot tell",
+            "cannot tell",
+            0.0,
+            "The policy draws forbidden completions (reward -inf), so its gap is infinite.",
+            (line("kl", e.kl.estimate),),
+            "Train with forward_kl, which learns from forbidden completions, until none of them is drawn.",
+            "" if setting is None else _covering(e, setting),
         )
     if "undertrained" in unmeasured:
         missing = sorted({name for names in unmeasured.values() for name in names})

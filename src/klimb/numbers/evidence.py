@@ -29,7 +29,7 @@ from klimb.numbers.certificate import (
 )
 from klimb.numbers.estimate import FEW_PROMPTS, Estimate, interval, resampled
 from klimb.numbers.frontier import FrontierPoint
-from klimb.numbers.tilt import MARGIN, log_partition, shares, tilted_kl, tilted_mean
+from klimb.numbers.tilt import MARGIN, draws_needed, log_partition, shares, tilted_kl, tilted_mean
 
 RARE = math.log(0.05)
 """log pi - log ref below which the policy has all but given a completion up"""
@@ -171,7 +171,8 @@ def evidence_of_draws(policy: Side, reference: Side, *, beta: float, generator: 
         generator: draws the resamples.
 
     Returns:
-        Evidence without a plan and without steps. Its estimates carry no doubts yet (`as_written`).
+        Evidence without a plan and without steps; a number that is not finite (the gap of a policy that draws what is
+        forbidden) is None. Its estimates carry no doubts yet (`as_written`).
 
     Raises:
         ValueError: as `klimb.numbers.certificate.certificate`.
@@ -189,6 +190,7 @@ def evidence_of_draws(policy: Side, reference: Side, *, beta: float, generator: 
     away = [tilted_kl(theirs[..., 0], b).mean().item() for b in betas]
     trusted = [b for b, kl in zip(betas, away, strict=True) if math.log(theirs.shape[1]) - kl >= MARGIN]
     rewards = rewards_of(mine, theirs)
+    away_from_both = tilted_kl(rewards / beta + mixture_weights(mine[..., :3], theirs[..., :3])[0], 1.0)
     least, most = rewards.amin().item(), rewards.amax().item()
 
     def prompts(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ def evidence_of_draws(policy: Side, reference: Side, *, beta: float, generator: 
     found: dict[str, Any] = {
         name: Quantity(Estimate(centre[j].item(), low[j].item(), high[j].item(), n), values[:, j])
         for j, name in enumerate(_NAMES)
-        if not math.isnan(centre[j].item())
+        if math.isfinite(centre[j].item())
     }
     tail = _tail(mine[..., 0], generator=generator)
     return Evidence(
@@ -221,6 +223,7 @@ def evidence_of_draws(policy: Side, reference: Side, *, beta: float, generator: 
         beta=beta,
         num_prompts=len(policy.reward),
         num_draws=policy.reward.shape[1],
+        needs=draws_needed(away_from_both.mean().item()),
     )
 
 
