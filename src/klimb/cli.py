@@ -1,4 +1,4 @@
-"""The command line: klimb plan, train, measure, sample, climb, report, schema, env, data, methods, derive, target, divergence.
+"""The command line: klimb plan, train, measure, sample, climb, report, diagnose, schema, env, data, methods, derive, target, divergence.
 
 Nothing heavy is imported before a command needs it, so that `klimb --help` is there at once. Exit status: 0 done,
 2 the user can mend it (one message on stderr, no traceback unless KLIMB_DEBUG=1), 130 stopped by Ctrl-C.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klimb import cli_data, cli_derive, cli_methods
+from klimb import cli_data, cli_derive, cli_diagnose, cli_methods
 
 if TYPE_CHECKING:
     from klimb.config import Config
@@ -209,6 +209,7 @@ def env_() -> None:
     print(json.dumps(environment(), indent=2))
 
 
+cli_diagnose.register(app)
 cli_data.register(app)
 cli_methods.register(app)
 cli_derive.register(app)

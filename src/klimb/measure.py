@@ -14,6 +14,15 @@ import torch
 from klimb.data import Example, Policy, Pool, Sampler, Target, select
 from klimb.numbers.certificate import Certificate, certificate
 from klimb.numbers.diagnose import Diagnosis, diagnose
+from klimb.numbers.estimate import Estimate
+from klimb.numbers.evidence import (
+    Evidence,
+    Side,
+    as_written,
+    evidence_of_draws,
+    evidence_of_plan,
+    joined,
+)
 from klimb.numbers.frontier import default_betas, frontier
 from klimb.plan import Progress, draw_pool, prompts_at_once, silent
 from klimb.target import ChiSquaredTarget, StandardizedTarget, own_reward
@@ -25,12 +34,14 @@ class Measurement:
 
     Attributes:
         certificate: rewards (the target's own: `klimb.target.own_reward`), KL, gap, share attained, with intervals.
-        diagnosis: a verdict, because of what, and advice.
+        evidence: what the draws say besides, with resamples; what a diagnosis rests on.
+        diagnosis: verdicts, because of what, and advice; without the plan and the steps of a run (`klimb.diagnosis`).
         policy_pool: draws of the policy, with their log-probability under both.
         reference_pool: draws of the reference, with their log-probability under both.
     """
 
     certificate: Certificate
+    evidence: Evidence
     diagnosis: Diagnosis
     policy_pool: Pool
     reference_pool: Pool
@@ -69,10 +80,53 @@ def measure(
         reference_pool=reference_pool,
         progress=progress,
     )
+    evidence = evidence_of_pools(target, policy_pool, reference_pool, generator=generator)
+    evidence = as_written(evidence, published(found))
     rewards = own_reward(target, reference_pool)
     flat = bool((rewards == rewards[:, :1]).all())  # no curve, but still a certificate
     points = [] if flat else frontier(rewards, default_betas(rewards), generator=generator)
-    return Measurement(found, diagnose(found, points), policy_pool, reference_pool)
+    predicted = evidence_of_plan(rewards, beta=target.beta, frontier=points, generator=generator)
+    diagnosis = diagnose(joined(evidence, predicted))
+    return Measurement(found, evidence, diagnosis, policy_pool, reference_pool)
+
+
+def evidence_of_pools(
+    target: Target,
+    policy: Pool,
+    reference: Pool,
+    *,
+    audit: tuple[torch.Tensor, torch.Tensor] | None = None,
+    generator: torch.Generator,
+) -> Evidence:
+    """What draws of policy and reference, scored under both, say (`klimb.numbers.evidence.evidence_of_draws`).
+
+    Args:
+        target: the best policy.
+        policy: draws of the policy.
+        reference: draws of the reference, of the same prompts.
+        audit: [P, G] each, of policy and reference: a reward that training did not see.
+        generator: of bootstrap resamples.
+    """
+    sides = []
+    for pool, seen in zip((policy, reference), audit or (None, None), strict=True):
+        assert pool.log_pi is not None
+        sides.append(
+            Side(
+                own_reward(target, pool),
+                pool.log_pi,
+                pool.log_ref,
+                finished=pool.draws.finished,
+                log_q=pool.draws.log_q,
+                audit=seen,
+            )
+        )
+    return evidence_of_draws(*sides, beta=target.beta, generator=generator)
+
+
+def published(found: Certificate) -> dict[str, Estimate]:
+    """The certificate's estimates under the names that evidence has for them."""
+    renamed = {"frontier_efficiency": "efficiency"}
+    return {renamed.get(n, n): x for n, x in vars(found).items() if isinstance(x, Estimate)}
 
 
 def certify(

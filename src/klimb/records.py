@@ -11,6 +11,7 @@ import torch
 from klimb.data import Pool
 from klimb.distil import Distance
 from klimb.measure import Measurement
+from klimb.numbers.diagnose import Diagnosis
 from klimb.numbers.estimate import Estimate, bootstrap, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
 from klimb.numbers.ordering import agreement
@@ -120,16 +121,27 @@ def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str
         "reference": {"reward": c.reference_reward.as_dict()},
         **_rewards({"policy": found.policy_pool, "reference": found.reference_pool}),
         "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
-        "diagnosis": {
-            "verdict": found.diagnosis.verdict,
-            "because": found.diagnosis.because,
-            "advice": found.diagnosis.advice,
-        },
+        "diagnosis": diagnosis_record(found.diagnosis),
         "ess": c.ess,
         "pareto_k": c.pareto_k,
         "warnings": list(c.warnings),
         "num_prompts": found.policy_pool.draws.num_prompts,
         "num_draws": found.policy_pool.draws.num_draws,
+    }
+
+
+def diagnosis_record(found: Diagnosis) -> dict[str, Any]:
+    """What measure.json holds of a diagnosis: its first verdict, then all of them, and what was not measured."""
+    first = found.verdicts[0]
+    return {
+        "verdict": found.verdict,
+        "confidence": first.confidence,
+        "because": found.because,
+        "advice": found.advice,
+        "command": first.command,
+        "verdicts": [{**vars(v), "evidence": list(v.evidence)} for v in found.verdicts],
+        "shares": dict(found.shares),
+        "unmeasured": {name: list(numbers) for name, numbers in found.unmeasured.items()},
     }
 
 

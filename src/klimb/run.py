@@ -22,6 +22,7 @@ from klimb import store
 from klimb.aim import aimed_at, target_record
 from klimb.config import DESTINATIONS, Config
 from klimb.data import Pool, stack_pools
+from klimb.diagnosis import diagnosed
 from klimb.distil import distance
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
 from klimb.measure import away, measure
@@ -30,7 +31,7 @@ from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
 from klimb.offline import judged_pool, orders
 from klimb.planning import planned, replanned
-from klimb.records import distance_record, measure_record, unrewarded_record
+from klimb.records import diagnosis_record, distance_record, measure_record, unrewarded_record
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -380,6 +381,8 @@ def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> 
         draws.mkdir(parents=True, exist_ok=True)
         for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
             store.write_pool(draws / f"{verb}.parquet", pool, verb=verb, hashes=loaded.hashes)
+        if (path / "config.yaml").is_file():  # with the plan and the steps beside the draws
+            record["diagnosis"] = diagnosis_record(diagnosed(path, measured=record))
         store.write_json(path / "measure.json", record)
     return record
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from klimb.screen_diagnose import verdict_rows
 from klimb.screen_profile import profile
 from klimb.watch import Watch
 
@@ -228,8 +229,8 @@ def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -
     table.add_row("gap to the optimum", f"{estimate(found['gap'])} reward  (beta {found['beta']:.4g})")
     table.add_row("share attained", estimate(found["attained"]))
     _compared(table, found)
-    table.add_row("verdict", Text(found["diagnosis"]["verdict"]))
-    table.add_row("try next", Text(found["diagnosis"]["advice"]))
+    for label, said in verdict_rows(found["diagnosis"]):
+        table.add_row(label, Text(said))
     for warning in found["warnings"]:
         table.add_row("warning", Text(warning, style="yellow"))
     return table

@@ -27,10 +27,10 @@ FLOORS = [  # from the bottom
     {"report", "store", "config", "dataset", "comparisons", "convert", "tasks"},
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
-    {"training", "planning"},
+    {"training", "planning", "diagnosis"},
     {"run", "problems"},
-    {"screen", "screen_derive", "screen_profile"},
-    {"cli", "cli_data", "cli_methods", "cli_derive", "__main__"},
+    {"screen", "screen_derive", "screen_profile", "screen_diagnose"},
+    {"cli", "cli_data", "cli_methods", "cli_derive", "cli_diagnose", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

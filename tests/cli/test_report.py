@@ -206,6 +206,29 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
+def test_the_verdicts_stand_at_the_top(tmp_path):
+    run = make_run(tmp_path / "run", steps=10, size=(8, 4))
+    second = {"name": "mode dropped", "confidence": "likely", "says": "It gave up modes.", "advice": HOSTILE}
+    first = {"name": "undertrained", "confidence": "sure", "says": "KL is below.", "advice": "Go on."}
+    diagnosis = {
+        "verdict": "undertrained",
+        "confidence": "sure",
+        "because": "KL 0.51",
+        "advice": "Go on.",
+        "command": "klimb climb --max_steps 112",
+        "verdicts": [first, second],
+    }
+    store.write_json(run / "measure.json", {**MEASUREMENT, "diagnosis": diagnosis})
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    top = page.text.partition("Estimates")[0]
+    assert "of the way from the reference to the best policy" in top
+    assert "KL is below. It gave up modes." in top
+    assert "Diagnosis: undertrained (sure)." in top
+    assert "klimb climb --max_steps 112" in top
+    assert "Also: mode dropped (likely)." in top
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A whole run with a hostile completion, its page as text and as tags."""

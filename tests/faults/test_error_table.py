@@ -531,6 +531,17 @@ def test_measure_and_sample_refuse_what_they_cannot_do(klimb, tiny_run, options,
     refused(klimb("train", "--resume", planned, "--max_steps", "9"), ["leave the other options out"])
 
 
+def test_diagnose_refuses_what_is_no_run(klimb, planned, tmp_path):
+    refused(klimb("diagnose"), ["Usage: klimb diagnose"])
+    refused(klimb("diagnose", tmp_path / "nothing"), ["nothing", "holds no run", "output_dir"])
+    refused(klimb("diagnose", planned, "--audti", "x"), ["--audti", "--audit"])
+    before = {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()}
+    assert klimb("diagnose", planned)[0] == 0
+    assert {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()} == before
+    (planned / "config.yaml").write_text("- a\n")
+    refused(klimb("diagnose", planned), ["config.yaml", "got a list"])
+
+
 def test_debug_shows_the_traceback(klimb, monkeypatch):
     from klimb.cli import main
 

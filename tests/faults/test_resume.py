@@ -109,7 +109,8 @@ def everything(run):
             ]
             for path in sorted((run / "draws").iterdir())
         },
-        "measure": json.loads((run / "measure.json").read_text())
+        # its diagnosis names commands, and they the run
+        "measure": json.loads((run / "measure.json").read_text().replace(str(run), "RUN"))
         if (run / "measure.json").exists()
         else None,
         "files": sorted(str(p.relative_to(run)) for p in run.rglob("*")),

@@ -128,15 +128,15 @@ def certificate(
     combining sampling techniques for Monte Carlo rendering"; dividing by the mean of pi / m is a ratio control variate
     (Owen and Zhou, 2000, "Safe and effective importance sampling", treat it for mixtures).
     """
-    policy = _pool("policy", reward_policy, log_pi_policy, log_ref_policy)
-    reference = _pool("reference", reward_reference, log_pi_reference, log_ref_reference)
-    policy, reference, left_out = _allowed(policy, reference)
+    policy = stacked("policy", reward_policy, log_pi_policy, log_ref_policy)
+    reference = stacked("reference", reward_reference, log_pi_reference, log_ref_reference)
+    policy, reference, left_out = allowed(policy, reference)
     found = _estimates(
         policy, reference, beta, correct=correct, generator=generator, num_resamples=num_resamples
     )
 
-    rewards = _rewards(policy, reference)
-    weights = rewards / beta + _mixture(policy, reference)[0]
+    rewards = rewards_of(policy, reference)
+    weights = rewards / beta + mixture_weights(policy, reference)[0]
     away = tilted_kl(weights, 1.0).mean().item()  # KL to the drawing law, the mixture
     k = pooled_pareto_k(weights)
     doubts = (*trust_warnings(weights, away, k), *left_out)
@@ -175,7 +175,7 @@ def certificate(
 
 
 # What is estimated, and from whose draws: first the means over prompts, then what is computed from them.
-_MEANS = {
+MEANS = {
     "reward": "policy",
     "kl": "policy",
     "objective": "policy",
@@ -187,7 +187,7 @@ _MEANS = {
     "optimum_kl": "both",
     "overlap": "reference",
 }
-_SUMMARY = {**_MEANS, "attained": "both", "frontier_efficiency": "both", "room": "both", "lift": "both"}
+SUMMARY = {**MEANS, "attained": "both", "frontier_efficiency": "both", "room": "both", "lift": "both"}
 
 
 def _estimates(
@@ -199,15 +199,14 @@ def _estimates(
     generator: torch.Generator,
     num_resamples: int,
 ) -> dict[str, Estimate]:
-    """All of _SUMMARY with intervals from one joint bootstrap, no warnings yet."""
-    # weak to strong tilts around beta: the ceiling at the policy's KL is the least over these betas
-    betas = torch.logspace(1.5, -1.5, 61, dtype=torch.float64).mul(beta).tolist()
+    """All of SUMMARY with intervals from one joint bootstrap, no warnings yet."""
+    betas = betas_around(beta)
 
     def prompts(policy: Tensor, reference: Tensor) -> Tensor:
-        return _per_prompt(policy, reference, beta, betas, correct)
+        return means_of_prompts(policy, reference, beta, betas, correct)
 
     def summary(per_prompt: Tensor) -> Tensor:
-        return _summary(per_prompt.mean(-2), beta, betas)
+        return summary_of_means(per_prompt.mean(-2), beta, betas)
 
     per_prompt = prompts(policy, reference)
     centre = summary(per_prompt)
@@ -226,16 +225,23 @@ def _estimates(
     draws["both"] = draws["policy"] + draws["reference"]
     return {
         name: Estimate(centre[j].item(), low[j].item(), high[j].item(), draws[whose])
-        for j, (name, whose) in enumerate(_SUMMARY.items())
+        for j, (name, whose) in enumerate(SUMMARY.items())
     }
 
 
-def _per_prompt(policy: Tensor, reference: Tensor, beta: float, betas: list[float], correct: bool) -> Tensor:
+def betas_around(beta: float) -> list[float]:
+    """Weak to strong tilts around beta: the ceiling at the policy's KL is the least over these betas."""
+    return torch.logspace(1.5, -1.5, 61, dtype=torch.float64).mul(beta).tolist()
+
+
+def means_of_prompts(
+    policy: Tensor, reference: Tensor, beta: float, betas: list[float], correct: bool
+) -> Tensor:
     """[..., P, G1, 3] and [..., P, G2, 3] -> [..., P, K]: the means above, max r, then log Z at every beta."""
     r1, log_pi1, log_ref1 = policy.unbind(-1)
     r2, log_pi2, log_ref2 = reference.unbind(-1)
     r = torch.cat([r1, r2], -1)
-    log_w, log_v = _mixture(policy, reference)  # log ref/m and log pi/m
+    log_w, log_v = mixture_weights(policy, reference)  # log ref/m and log pi/m
     top = torch.where(log_w > -math.inf, r, -math.inf).amax(-1)
 
     kl = (log_pi1 - log_ref1).mean(-1)
@@ -266,10 +272,10 @@ def _per_prompt(policy: Tensor, reference: Tensor, beta: float, betas: list[floa
     return torch.stack(columns, -1)
 
 
-def _summary(means: Tensor, beta: float, betas: list[float]) -> Tensor:
-    """[..., K] means over prompts -> [..., len(_SUMMARY)]."""
-    n = len(_MEANS)
-    of = dict(zip(_MEANS, means[..., :n].unbind(-1), strict=True))
+def summary_of_means(means: Tensor, beta: float, betas: list[float]) -> Tensor:
+    """[..., K] means over prompts -> [..., len(SUMMARY)]."""
+    n = len(MEANS)
+    of = dict(zip(MEANS, means[..., :n].unbind(-1), strict=True))
     slopes = torch.tensor(betas, dtype=means.dtype)
     price = of["kl"].clamp_min(0.0)[..., None]
     ceiling = torch.minimum((slopes * (means[..., n + 1 :] + price)).amin(-1), means[..., n])
@@ -281,7 +287,7 @@ def _summary(means: Tensor, beta: float, betas: list[float]) -> Tensor:
     return torch.cat([means[..., :n], torch.stack([attained, efficiency, room, lift], -1)], -1)
 
 
-def _mixture(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def mixture_weights(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Two log-weights of all draws, ref/m and pi/m, [..., P, G1 + G2]."""
     share = policy.shape[-2] / (policy.shape[-2] + reference.shape[-2])
     _, log_pi, log_ref = torch.cat([policy, reference], -2).unbind(-1)
@@ -289,7 +295,7 @@ def _mixture(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return log_ref - log_m, log_pi - log_m
 
 
-def _rewards(policy: Tensor, reference: Tensor) -> Tensor:
+def rewards_of(policy: Tensor, reference: Tensor) -> Tensor:
     """The rewards of all draws, [P, G1 + G2]."""
     return torch.cat([policy[..., 0], reference[..., 0]], 1)
 
@@ -320,14 +326,14 @@ def _uncovered(overlap: Estimate) -> tuple[str, ...]:
     )
 
 
-def _allowed(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def allowed(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Both pools without the prompts whose draws are all forbidden, and what to say about them."""
     if len(policy) != len(reference):
         raise ValueError(
             f"certificate: got {len(policy)} prompts of the policy and {len(reference)} of the reference; "
             "expected the same prompts in the same order."
         )
-    rewards = _rewards(policy, reference)
+    rewards = rewards_of(policy, reference)
     allowed = (rewards > -math.inf).any(-1)
     if not allowed.any():
         raise ValueError(
@@ -336,7 +342,8 @@ def _allowed(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, tuple[s
     return policy[allowed], reference[allowed], pool_warnings(rewards, allowed)
 
 
-def _pool(name: str, reward: Tensor, log_pi: Tensor, log_ref: Tensor) -> Tensor:
+def stacked(name: str, reward: Tensor, log_pi: Tensor, log_ref: Tensor) -> Tensor:
+    """[P, G, 3] float64, checked: reward, log pi, log ref of the draws of `name`."""
     shapes = [tuple(x.shape) for x in (reward, log_pi, log_ref)]
     if len(set(shapes)) > 1 or reward.ndim != 2 or 0 in reward.shape:
         raise ValueError(

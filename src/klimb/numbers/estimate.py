@@ -94,6 +94,29 @@ def bootstrap(
     Source: Efron and Tibshirani, 1993, "An introduction to the bootstrap"; the widening is Hesterberg, 2015, "What
     teachers should know about the bootstrap".
     """
+    parts, units = resampled(
+        statistic, *arrays, generator=generator, num_resamples=num_resamples, within=within
+    )
+    return interval(parts, units)
+
+
+def resampled(
+    statistic: Callable[..., Tensor],
+    *arrays: Tensor,
+    generator: torch.Generator,
+    num_resamples: int = 1000,
+    within: bool | None = None,
+) -> tuple[Tensor, int]:
+    """What `bootstrap` takes its interval of: [R, ...] the statistic of every resample, and how many units were resampled.
+
+    Arguments and errors as `bootstrap`.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> values, units = resampled(lambda a: a.mean(-1), torch.ones(9), generator=g, num_resamples=3)
+        >>> values, units
+        (tensor([1., 1., 1.]), 9)
+    """
     arrays = tuple(a.detach().cpu() for a in arrays)
     num_prompts = arrays[0].shape[0]
     if any(a.shape[0] != num_prompts for a in arrays):
@@ -123,7 +146,7 @@ def bootstrap(
             index = _indices(count, num_prompts, upto=num_prompts, generator=generator)
             chosen = [a[index] for a in arrays]
         parts.append(statistic(*chosen))
-    return interval(torch.cat(parts), units)
+    return torch.cat(parts), units
 
 
 def resampled_means(values: Tensor, *, generator: torch.Generator, num_resamples: int = 1000) -> Tensor:

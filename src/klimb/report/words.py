@@ -87,8 +87,13 @@ def headline(found: Found) -> tuple[str, str]:
             return f"The policy was measured; how far the best policy{of_beta} still is cannot be told.", ""
         share = both(attained, percent=True)
         if attained.value <= 0:
-            return f"The policy has come no nearer to the best policy{of_beta}: share attained {share}.", ""
-        return f"The policy went {share} of the way from the reference to the best policy{of_beta}.", ""
+            return (
+                f"The policy has come no nearer to the best policy{of_beta}: share attained {share}.",
+                rest(found),
+            )
+        return f"The policy went {share} of the way from the reference to the best policy{of_beta}.", rest(
+            found
+        )
     rewards = [of_step(record, "reward") for record in found.steps]
     rewards = [reward for reward in rewards if reward is not None]
     if found.steps:
@@ -105,6 +110,12 @@ def headline(found: Found) -> tuple[str, str]:
     if start is not None:
         return f"The reference earns {both(start)}.", "Nothing has been trained yet."
     return "This run has only begun: nothing has been planned, trained or measured yet.", ""
+
+
+def rest(found: Found) -> str:
+    """Why the policy did not go further, in the diagnosis' own words; nothing where there is none."""
+    verdicts = (found.measurement.get("diagnosis") or {}).get("verdicts") or ()
+    return " ".join(str(verdict.get("says", "")) for verdict in verdicts[:2])
 
 
 def counted(count: int, thing: str) -> str:
