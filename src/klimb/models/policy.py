@@ -39,6 +39,7 @@ class CausalPolicy:
         end: the tokens that end a completion.
         context: what this policy sees before every prompt (`klimb.models.context`), or nothing.
         virtual: [n, D] embeddings before every prompt, or None (`klimb.models.soft_prompt`).
+        prefix: [n, L, 2, H, W] keys and values of each layer before every prompt, or None (`klimb.models.prefix`).
     """
 
     model: Any
@@ -49,6 +50,7 @@ class CausalPolicy:
     end: tuple[int, ...] = field(default=())
     context: str = ""
     virtual: Tensor | None = None
+    prefix: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
@@ -65,8 +67,15 @@ class CausalPolicy:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and completion may have together."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        """Tokens that prompt and completion may have together, beside the virtual ones."""
+        whole = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        return whole - self.num_virtual
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before every prompt."""
+        own = self.prefix if self.virtual is None else self.virtual
+        return 0 if own is None else len(own)
 
     def parameters(self) -> Iterable[Tensor]:
         """The trainable tensors."""
@@ -170,7 +179,7 @@ class CausalPolicy:
         return self.model.get_decoder()
 
     def read_prompts(self, examples: Sequence[Example]) -> tuple[Tensor, Any, Tensor]:
-        """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L]."""
+        """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L], a prefix among both."""
         from transformers import DynamicCache
 
         extra = 0 if self.virtual is None else len(self.virtual)
@@ -184,10 +193,15 @@ class CausalPolicy:
             mask[i, longest - len(prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         cache = DynamicCache(config=self.model.config)
+        read, prefixed = self._embedded(ids, mask), 0 if self.prefix is None else len(self.prefix)
+        if self.prefix is not None:
+            mask = torch.cat([mask.new_ones(len(mask), prefixed), mask], 1)
+            for i, (keys, values) in enumerate(self.prefix.permute(1, 2, 3, 0, 4)):
+                cache.update(*(x.expand(len(mask), -1, -1, -1) for x in (keys, values)), i)
         out = self.body(
-            **self._embedded(ids, mask),
+            **read,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, prefixed:],
             **remembering(self.model, cache),
         )
         return out.last_hidden_state[:, -1], cache, mask
