@@ -35,3 +35,32 @@ def test_an_example_climbs(klimb, options, tiny_model, tmp_path, monkeypatch, no
     asked = yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text())["reward_funcs"]
     assert written["reward_funcs"] == [asked]
     assert -1 <= json.loads((tmp_path / "run/measure.json").read_text())["reward"]["value"] <= 1
+
+
+@pytest.mark.parametrize("name", ["compress_prompt", "distill"])
+def test_an_example_with_a_policy_for_its_target_climbs(
+    klimb, options, tiny_model, other_model, tmp_path, monkeypatch, no_report, name
+):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "context.txt").write_text("good kind warm film")
+    small = {key: x for key, x in SMALL.items() if key not in ("family.layers", "replay_steps")}
+    settings = {**small, "model_name_or_path": str(tiny_model), "output_dir": str(tmp_path / "run")}
+    target = {
+        "compress_prompt": {"target.context_file": tmp_path / "context.txt"},
+        "distill": {"target.teacher": other_model},
+    }
+    status, _, err = klimb(
+        "climb",
+        "-q",
+        "-c",
+        f"examples/{name}.yaml",
+        *options({**settings, **target[name], "family.num_virtual_tokens": 4}),
+    )
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/measure.json").read_text())["distance"]
+    assert found["forward"]["value"] > 0
+    assert found["prompt_tokens"]["virtual"] == 4
+    asked = yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text())
+    assert (
+        asked["method"] == yaml.safe_load((tmp_path / "run/config.yaml").read_text())["method"] == "distill"
+    )
