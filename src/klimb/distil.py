@@ -18,8 +18,8 @@ from torch.profiler import record_function
 from klimb.batch import next_prompts
 from klimb.data import Draws, Example, Sampler, chunks, select
 from klimb.models.policy import CausalPolicy
-from klimb.numbers.estimate import Estimate, mean_estimate
-from klimb.objectives.token_divergence import token_divergence
+from klimb.numbers.estimate import Estimate, mean_estimate, ratio_estimate
+from klimb.objectives.token_divergence import token_divergence, what_follows
 from klimb.plan import Progress, prompts_at_once, silent
 from klimb.steps import Step, TrainState
 
@@ -36,6 +36,7 @@ class Lesson:
         divergence: `klimb.objectives.token_divergence`.
         teacher_draws: the share of steps whose completions the teacher draws; the policy draws those of the others.
         top_k: of the teacher's tokens, or None for all.
+        sequence_gradient: on the policy's own draws, also learn from what a token does to the prefixes after it.
         num_iterations: updates with each batch of completions; the teacher's stay as good as new.
         max_grad_norm: the gradient is scaled down to at most this norm.
     """
@@ -44,6 +45,7 @@ class Lesson:
     divergence: str = "forward_kl"
     teacher_draws: float = 1.0
     top_k: int | None = None
+    sequence_gradient: bool = False
     num_iterations: int = 1
     max_grad_norm: float = 1.0
 
@@ -65,8 +67,8 @@ def distil(
     """Take steps until `max_steps` of them are done.
 
     The objective is the mean over completions of the divergence summed over their prefixes, over the whole vocabulary. With
-    forward_kl on the teacher's draws that is KL(p||pi), value and gradient unbiased; see `klimb.objectives.token_divergence` for
-    the others.
+    forward_kl on the teacher's draws that is KL(p||pi), value and gradient unbiased; so is KL(pi||p) with reverse_kl on the
+    policy's draws and `sequence_gradient`; see `klimb.objectives.token_divergence` for the others.
 
     Args:
         examples: the prompts to learn on.
@@ -88,7 +90,7 @@ def distil(
         ValueError: the gradient is not finite.
 
     Source: Agarwal et al., "On-policy distillation of language models: learning from self-generated mistakes", 2024; Snell, Klein,
-    Zhong, "Learning by distilling context", 2022.
+    Zhong, "Learning by distilling context", 2022; Gu et al., "MiniLLM: knowledge distillation of large language models", 2024.
     """
     state = state or TrainState()
     while state.step < max_steps:
@@ -102,7 +104,7 @@ def distil(
         rate = optimizer.param_groups[0]["lr"]
         with record_function("klimb:update"):
             seen = [
-                _updated(draws, policy, lesson, optimizer, state.step + 1)
+                _updated(draws, policy, lesson, optimizer, state.step + 1, own=not taught)
                 for _ in range(lesson.num_iterations)
             ]
             values, norm = seen[0]  # of the policy as it drew
@@ -131,12 +133,17 @@ def distil(
 
 
 def _updated(
-    draws: Draws, policy: CausalPolicy, lesson: Lesson, optimizer: torch.optim.Optimizer, step: int
+    draws: Draws,
+    policy: CausalPolicy,
+    lesson: Lesson,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    own: bool,
 ) -> tuple[Tensor, float]:
     """One update: the divergence of each completion before it, [P, G], and the norm of the gradient."""
     optimizer.zero_grad()
-    pieces = chunks(draws, policy.chunk_tokens)
-    values = torch.cat([_learned(piece, policy, lesson, draws.num_prompts) for piece in pieces])
+    values = learned(draws, policy, lesson, own=own)
     norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), lesson.max_grad_norm)
     if not torch.isfinite(norm):
         raise ValueError(
@@ -146,24 +153,48 @@ def _updated(
     return values, norm.item()
 
 
-def _learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, num_prompts: int) -> Tensor:
-    """[P, G] the divergence of each completion; its share of the gradient is added to the parameters'."""
+def learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, *, own: bool) -> Tensor:
+    """[P, G] the divergence of each completion; the gradient of their mean is added to the parameters'.
+
+    Args:
+        draws: the completions.
+        policy: the policy that moves.
+        lesson: how.
+        own: whether the policy drew them, as it is.
+    """
+    scale = 1 / draws.lengths.numel()
+    follows = own and lesson.sequence_gradient
+    pieces = chunks(draws, policy.chunk_tokens)  # whole prompts
+    return torch.cat([_learned(piece, policy, lesson, scale, follows) for piece in pieces])
+
+
+def _learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, scale: float, follows: bool) -> Tensor:
     with torch.no_grad():
         taught = lesson.teacher.hidden(draws)
     hidden = policy.hidden(draws)
     # the laws of few prefixes at a time: their gradient is gathered at the states, and goes through the model once
     states = hidden.detach().requires_grad_()
-    scale = 1 / (num_prompts * draws.num_draws)
+    at_once = list(zip(states.split(ROWS), taught.split(ROWS), strict=True))
+
+    def compared(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        log_pi = policy.head.logits(here).log_softmax(1)
+        log_p = lesson.teacher.head.logits(there).log_softmax(1)
+        return log_pi, token_divergence(log_pi, log_p, f=lesson.divergence, top_k=lesson.top_k)
+
+    after = None
+    if follows:
+        with torch.no_grad():
+            first = torch.cat([compared(*pair)[1] for pair in at_once])
+        tokens = torch.cat([ids for group in draws.completions for ids in group]).to(first.device)
+        after = list(zip(what_follows(first, draws.lengths).split(ROWS), tokens.split(ROWS), strict=True))
     values = []
-    law, other = policy.head, lesson.teacher.head
-    for here, there in zip(states.split(ROWS), taught.split(ROWS), strict=True):
-        value = token_divergence(
-            law.logits(here).log_softmax(1),
-            other.logits(there).log_softmax(1),
-            f=lesson.divergence,
-            top_k=lesson.top_k,
-        )
-        (scale * value.sum()).backward()
+    for i, pair in enumerate(at_once):
+        log_pi, value = compared(*pair)
+        loss = value.sum()
+        if after is not None:
+            weight, token = after[i]
+            loss = loss + (weight * log_pi.gather(1, token[:, None])[:, 0]).sum()
+        (scale * loss).backward()
         values.append(value.detach())
     assert states.grad is not None
     hidden.backward(states.grad)
@@ -227,40 +258,31 @@ def distance(
         progress(f"draw from the {name}", 0, 1)
         draws[name] = sampler(who, examples, num_draws, generator=generator)
         progress(f"draw from the {name}", 1, 1)
-    apart = partial(_apart, teacher=teacher, progress=progress)
-    forward, before = apart(
-        draws["teacher"], [policy, reference], f="forward_kl", what="score the teacher's draws"
+    apart = partial(tokens_apart, teacher=teacher, progress=progress)
+    taught, own, first = (draws[name] for name in names)
+    forward, before = map(
+        taught.sequence_sums,
+        apart(taught, [policy, reference], f="forward_kl", what="score the teacher's draws"),
     )
-    (back,) = apart(draws["policy"], [policy], f="reverse_kl", what="score the policy's draws")
-    (back_before,) = apart(
-        draws["reference"], [reference], f="reverse_kl", what="score the reference's draws"
-    )
+    (back,) = apart(own, [policy], f="reverse_kl", what="score the policy's draws")
+    (back_before,) = apart(first, [reference], f="reverse_kl", what="score the reference's draws")
+    left = ratio_estimate(forward, before, generator=generator)
     return Distance(
         *(mean_estimate(x, generator=generator) for x in (forward, before)),
-        _share(forward, before, generator),
-        *(mean_estimate(x, generator=generator) for x in (back, back_before)),
-        tokens=draws["teacher"].lengths.float().mean().item(),
-        teacher_draws=draws["teacher"],
-        policy_draws=draws["policy"],
-        reference_draws=draws["reference"],
+        Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n),
+        *(
+            mean_estimate(who.sequence_sums(x), generator=generator)
+            for who, x in ((own, back), (first, back_before))
+        ),
+        tokens=taught.lengths.float().mean().item(),
+        teacher_draws=taught,
+        policy_draws=own,
+        reference_draws=first,
     )
-
-
-def _share(left: Tensor, start: Tensor, generator: torch.Generator) -> Estimate:
-    """1 - mean left / mean start, prompts resampled together."""
-    pairs = torch.stack([left.mean(1), start.mean(1)], 1).double()
-
-    def closed(x: Tensor) -> Tensor:
-        return 1 - x[..., 0].mean(-1) / x[..., 1].mean(-1)
-
-    index = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
-    low, high = closed(pairs[index]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    few = () if len(pairs) >= 8 else ("too few prompts for an interval of prompts",)
-    return Estimate(closed(pairs).item(), low.item(), high.item(), left.numel(), few)
 
 
 @torch.no_grad()
-def _apart(
+def tokens_apart(
     draws: Draws,
     policies: Sequence[CausalPolicy],
     *,
@@ -269,20 +291,19 @@ def _apart(
     progress: Progress,
     what: str,
 ) -> list[Tensor]:
-    """[P, G] for each policy: the divergence of the next token from the teacher's, summed over each completion."""
+    """[N] for each policy: the divergence of its next token from the teacher's at each packed token of `draws`, nats."""
     found: list[list[Tensor]] = [[] for _ in policies]
     at_once = prompts_at_once(draws.num_draws)
     for start in range(0, draws.num_prompts, at_once):
         stop = min(start + at_once, draws.num_prompts)
         piece = select(draws, range(start, stop))
         taught = teacher.hidden(piece)
-        for policy, sums in zip(policies, found, strict=True):
-            values = [
+        for policy, values in zip(policies, found, strict=True):
+            values += [
                 token_divergence(
                     policy.head.logits(h).log_softmax(1), teacher.head.logits(t).log_softmax(1), f=f
-                )
+                ).cpu()
                 for h, t in zip(policy.hidden(piece).split(ROWS), taught.split(ROWS), strict=True)
             ]
-            sums.append(piece.sequence_sums(torch.cat(values).cpu()))
         progress(what, stop, draws.num_prompts)
-    return [torch.cat(sums) for sums in found]
+    return [torch.cat(values) for values in found]

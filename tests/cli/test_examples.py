@@ -38,49 +38,21 @@ def test_an_example_climbs(klimb, options, tiny_model, tmp_path, monkeypatch, no
     assert -1 <= json.loads((tmp_path / "run/measure.json").read_text())["reward"]["value"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("name", "small"),
-    [
-        ("dpo", {"measure_draws": 4, "prompts_per_step": 8, "num_replay": None}),
-        ("compress_prompt", {"family.num_virtual_tokens": 4, "measure_draws": 2, "max_completion_length": 4}),
-    ],
-)
-def test_an_example_that_draws_no_plan_climbs(
-    klimb, options, tiny_model, tmp_path, monkeypatch, no_report, name, small
-):
-    """The critic's context and the pairs as they are; of the tiny model's words they are few, but they go through."""
+def test_the_example_of_pairs_climbs(klimb, options, tiny_model, tmp_path, monkeypatch, no_report):
     monkeypatch.chdir(ROOT)
-    if name == "dpo":
-        pytest.importorskip("vaderSentiment")
-        small = {**small, "family.layers": None}
-    path = tmp_path / "run"
+    pytest.importorskip("vaderSentiment")
     settings = {
-        "dtype": "float32",
-        "device": "cpu",
-        "max_prompts": 16,
-        "max_steps": 3,
-        "warmup_steps": 1,
-        "measure_prompts": 4,
-        "model_name_or_path": roomy(tiny_model, tmp_path),
-        "output_dir": path,
-        **small,
+        **{key: x for key, x in SMALL.items() if key != "replay_steps"},
+        "model_name_or_path": str(roomy(tiny_model, tmp_path)),
+        "output_dir": str(tmp_path / "run"),
+        "measure_draws": 4,
     }
-    status, _, err = klimb("climb", "-q", "-c", f"examples/{name}.yaml", *options(settings))
+    status, _, err = klimb("climb", "-q", "-c", "examples/dpo.yaml", *options(settings))
     assert status == 0, err
-    found, asked = (
-        json.loads((path / "measure.json").read_text()),
-        yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text()),
-    )
-    written = yaml.safe_load((path / "config.yaml").read_text())
-    assert written["method"] == asked["method"]
-    assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
-    if name == "dpo":
-        assert found["comparisons"]["accuracy"]["n"] > 100
-        assert {"gap", "attained"} <= set(found)
-        assert written["judge"] == "scores"
-    else:
-        assert found["distance"]["prompt_tokens"]["virtual"] == 4
-        assert found["distance"]["forward_reference"]["value"] > 0
+    found = json.loads((tmp_path / "run/measure.json").read_text())
+    assert found["comparisons"]["accuracy"]["n"] > 100
+    assert {"gap", "attained"} <= set(found)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["judge"] == "scores"
 
 
 def roomy(tiny_model, folder):
@@ -89,3 +61,28 @@ def roomy(tiny_model, folder):
     file = folder / "roomy/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 512}))
     return folder / "roomy"
+
+
+@pytest.mark.parametrize("name", ["compress_prompt", "distill"])
+def test_an_example_with_a_policy_for_its_target_climbs(
+    klimb, options, tiny_model, other_model, tmp_path, monkeypatch, no_report, name
+):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "context.txt").write_text("good kind warm film")
+    small = {key: x for key, x in SMALL.items() if key not in ("family.layers", "replay_steps")}
+    settings = {**small, "model_name_or_path": str(tiny_model), "output_dir": str(tmp_path / "run")}
+    changes = {
+        "compress_prompt": {
+            "target.context_file": str(tmp_path / "context.txt"),
+            "family.num_virtual_tokens": 4,
+        },
+        "distill": {"target.teacher": str(other_model), "family.layers": 1},
+    }
+    status, _, err = klimb(
+        "climb", "-q", "-c", f"examples/{name}.yaml", *options({**settings, **changes[name]})
+    )
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/measure.json").read_text())["distance"]
+    assert found["forward"]["value"] > 0
+    assert found["prompt_tokens"]["virtual"] == (4 if name == "compress_prompt" else 0)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["method"] == "distill"
