@@ -18,8 +18,8 @@ from torch.profiler import record_function
 from klimb.batch import next_prompts
 from klimb.data import Draws, Example, Sampler, chunks, select
 from klimb.models.policy import CausalPolicy
-from klimb.numbers.estimate import Estimate, mean_estimate
-from klimb.objectives.token_divergence import token_divergence
+from klimb.numbers.estimate import Estimate, bootstrap, mean_estimate
+from klimb.objectives.token_divergence import token_divergence, what_follows
 from klimb.plan import Progress, prompts_at_once, silent
 from klimb.steps import Step, TrainState
 
@@ -36,6 +36,7 @@ class Lesson:
         divergence: `klimb.objectives.token_divergence`.
         teacher_draws: the share of steps whose completions the teacher draws; the policy draws those of the others.
         top_k: of the teacher's tokens, or None for all.
+        sequence_gradient: on the policy's own draws, also learn from what a token does to the prefixes after it.
         num_iterations: updates with each batch of completions; the teacher's stay as good as new.
         max_grad_norm: the gradient is scaled down to at most this norm.
     """
@@ -44,6 +45,7 @@ class Lesson:
     divergence: str = "forward_kl"
     teacher_draws: float = 1.0
     top_k: int | None = None
+    sequence_gradient: bool = False
     num_iterations: int = 1
     max_grad_norm: float = 1.0
 
@@ -65,8 +67,8 @@ def distil(
     """Take steps until `max_steps` of them are done.
 
     The objective is the mean over completions of the divergence summed over their prefixes, over the whole vocabulary. With
-    forward_kl on the teacher's draws that is KL(p||pi), value and gradient unbiased; see `klimb.objectives.token_divergence` for
-    the others.
+    forward_kl on the teacher's draws that is KL(p||pi), value and gradient unbiased; so is KL(pi||p) with reverse_kl on the
+    policy's draws and `sequence_gradient`; see `klimb.objectives.token_divergence` for the others.
 
     Args:
         examples: the prompts to learn on.
@@ -88,7 +90,7 @@ def distil(
         ValueError: the gradient is not finite.
 
     Source: Agarwal et al., "On-policy distillation of language models: learning from self-generated mistakes", 2024; Snell, Klein,
-    Zhong, "Learning by distilling context", 2022.
+    Zhong, "Learning by distilling context", 2022; Gu et al., "MiniLLM: knowledge distillation of large language models", 2024.
     """
     state = state or TrainState()
     while state.step < max_steps:
@@ -102,7 +104,7 @@ def distil(
         rate = optimizer.param_groups[0]["lr"]
         with record_function("klimb:update"):
             seen = [
-                _updated(draws, policy, lesson, optimizer, state.step + 1)
+                _updated(draws, policy, lesson, optimizer, state.step + 1, own=not taught)
                 for _ in range(lesson.num_iterations)
             ]
             values, norm = seen[0]  # of the policy as it drew
@@ -131,12 +133,17 @@ def distil(
 
 
 def _updated(
-    draws: Draws, policy: CausalPolicy, lesson: Lesson, optimizer: torch.optim.Optimizer, step: int
+    draws: Draws,
+    policy: CausalPolicy,
+    lesson: Lesson,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    own: bool,
 ) -> tuple[Tensor, float]:
     """One update: the divergence of each completion before it, [P, G], and the norm of the gradient."""
     optimizer.zero_grad()
-    pieces = chunks(draws, policy.chunk_tokens)
-    values = torch.cat([_learned(piece, policy, lesson, draws.num_prompts) for piece in pieces])
+    values = learned(draws, policy, lesson, own=own)
     norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), lesson.max_grad_norm)
     if not torch.isfinite(norm):
         raise ValueError(
@@ -146,24 +153,48 @@ def _updated(
     return values, norm.item()
 
 
-def _learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, num_prompts: int) -> Tensor:
-    """[P, G] the divergence of each completion; its share of the gradient is added to the parameters'."""
+def learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, *, own: bool) -> Tensor:
+    """[P, G] the divergence of each completion; the gradient of their mean is added to the parameters'.
+
+    Args:
+        draws: the completions.
+        policy: the policy that moves.
+        lesson: how.
+        own: whether the policy drew them, as it is.
+    """
+    scale = 1 / draws.lengths.numel()
+    follows = own and lesson.sequence_gradient
+    pieces = chunks(draws, policy.chunk_tokens)  # whole prompts
+    return torch.cat([_learned(piece, policy, lesson, scale, follows) for piece in pieces])
+
+
+def _learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, scale: float, follows: bool) -> Tensor:
     with torch.no_grad():
         taught = lesson.teacher.hidden(draws)
     hidden = policy.hidden(draws)
     # the laws of few prefixes at a time: their gradient is gathered at the states, and goes through the model once
     states = hidden.detach().requires_grad_()
-    scale = 1 / (num_prompts * draws.num_draws)
+    at_once = list(zip(states.split(ROWS), taught.split(ROWS), strict=True))
+
+    def compared(here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        log_pi = policy.head.logits(here).log_softmax(1)
+        log_p = lesson.teacher.head.logits(there).log_softmax(1)
+        return log_pi, token_divergence(log_pi, log_p, f=lesson.divergence, top_k=lesson.top_k)
+
+    after = None
+    if follows:
+        with torch.no_grad():
+            first = torch.cat([compared(*pair)[1] for pair in at_once])
+        tokens = torch.cat([ids for group in draws.completions for ids in group]).to(first.device)
+        after = list(zip(what_follows(first, draws.lengths).split(ROWS), tokens.split(ROWS), strict=True))
     values = []
-    law, other = policy.head, lesson.teacher.head
-    for here, there in zip(states.split(ROWS), taught.split(ROWS), strict=True):
-        value = token_divergence(
-            law.logits(here).log_softmax(1),
-            other.logits(there).log_softmax(1),
-            f=lesson.divergence,
-            top_k=lesson.top_k,
-        )
-        (scale * value.sum()).backward()
+    for i, pair in enumerate(at_once):
+        log_pi, value = compared(*pair)
+        loss = value.sum()
+        if after is not None:
+            weight, token = after[i]
+            loss = loss + (weight * log_pi.gather(1, token[:, None])[:, 0]).sum()
+        (scale * loss).backward()
         values.append(value.detach())
     assert states.grad is not None
     hidden.backward(states.grad)
@@ -247,16 +278,14 @@ def distance(
 
 
 def _share(left: Tensor, start: Tensor, generator: torch.Generator) -> Estimate:
-    """1 - mean left / mean start, prompts resampled together."""
-    pairs = torch.stack([left.mean(1), start.mean(1)], 1).double()
+    """1 - mean left / mean start, of the same draws."""
+    pairs = torch.stack([left, start], -1).double()
 
     def closed(x: Tensor) -> Tensor:
-        return 1 - x[..., 0].mean(-1) / x[..., 1].mean(-1)
+        return 1 - x[..., 0].mean((-1, -2)) / x[..., 1].mean((-1, -2))
 
-    index = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
-    low, high = closed(pairs[index]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    few = () if len(pairs) >= 8 else ("too few prompts for an interval of prompts",)
-    return Estimate(closed(pairs).item(), low.item(), high.item(), left.numel(), few)
+    low, high = bootstrap(closed, pairs, generator=generator)
+    return Estimate(closed(pairs).item(), low.item(), high.item(), left.numel())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Cheap things first: a misspelt file is refused before a model is loaded.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,12 +18,13 @@ import torch
 
 from klimb.choice import check_method, chosen
 from klimb.comparisons import Judged, load_judged
-from klimb.config import TAUGHT, Config, Context, Lora, SoftPrompt, Teacher
+from klimb.config import TAUGHT, Config, Context, Full, Lora, Prefix, Teacher
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
-from klimb.models.families import full, lora
+from klimb.models.families import VIRTUAL, adapter_kind, full, lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, check_head
+from klimb.models.prefix import prefix
 from klimb.models.soft_prompt import soft_prompt
 from klimb.models.trained import load_trained
 from klimb.nearest import nearest_file
@@ -102,13 +104,15 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         reward = LogRatio(teacher, reference)
     everyone = [who for who in (policy, reference, teacher) if who is not None]
     for example in [*train_examples, *test_examples]:
-        tokens = max(len(who.render(example)) for who in everyone)
-        if tokens + config.max_completion_length > min(who.context_length for who in everyone):
-            raise ValueError(
-                f"the prompt {str(example.prompt)[:60]!r}... has {tokens} tokens; with max_completion_length "
-                f"{config.max_completion_length} that is longer than the model's context of "
-                f"{min(who.context_length for who in everyone)}; shorten one"
-            )
+        for who in everyone:
+            tokens = len(who.render(example))
+            if tokens + config.max_completion_length > who.context_length:
+                virtual = f" beside {who.num_virtual} virtual tokens" if who.num_virtual else ""
+                raise ValueError(
+                    f"the prompt {str(example.prompt)[:60]!r}... has {tokens} tokens; with max_completion_length "
+                    f"{config.max_completion_length} that is longer than the model's context of {who.context_length}{virtual}; "
+                    "shorten one"
+                )
     sampler: Any = partial(
         ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
     )
@@ -161,13 +165,14 @@ def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> Ca
         return replace(reference, context=context)
     assert isinstance(config.target, Teacher)
     name = config.target.teacher
-    model, words = load_model(name, **_options(config))
+    teacher = _named_teacher(name, config)
+    words = teacher.tokenizer
     if words.get_vocab() != reference.tokenizer.get_vocab():
         raise ValueError(
-            f"target.teacher {name}: its tokenizer has other words than that of {config.model_name_or_path}; expected a model of "
-            "the same tokenizer: no law of the next token is shared between two"
+            f"target.teacher {name}: its tokenizer has other words than that of {config.model_name_or_path} "
+            f"({len(words.get_vocab())} and {len(reference.tokenizer.get_vocab())}); expected a model of the same tokenizer: no law of "
+            "the next token is shared between two"
         )
-    teacher = CausalPolicy(model, words, max_chunk_tokens=config.max_chunk_tokens)
     check_head(teacher)
     sizes = [who.head.weight.shape[0] for who in (teacher, reference)]
     if sizes[0] != sizes[1] or set(teacher.end) != set(reference.end):
@@ -176,6 +181,32 @@ def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> Ca
             f"{sorted(reference.end)} as of {config.model_name_or_path}"
         )
     return teacher
+
+
+def _named_teacher(name: str, config: Config) -> CausalPolicy:
+    """A model, or an adapter of klimb or peft, beside a second copy of the model of the run."""
+    kind, size = adapter_kind(os.path.expanduser(name)), config.max_chunk_tokens
+    model, words = load_model(
+        name if kind is None else config.model_name_or_path,
+        **({} if kind is None else {"revision": config.model_revision}),
+        **_options(config),
+    )
+    plain = CausalPolicy(model, words, max_chunk_tokens=size)
+    if kind is None:
+        return plain
+    folder = Path(os.path.expanduser(name))
+    if kind in VIRTUAL:
+        return VIRTUAL[kind](plain, folder)
+    try:
+        teacher, _ = lora(model, words, start=folder, max_chunk_tokens=size)
+    except (RuntimeError, KeyError) as error:  # peft's, of shapes that differ
+        raise ValueError(
+            f"target.teacher {name}: this adapter does not fit {config.model_name_or_path}; expected one that was trained from it "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    for weight in teacher.parameters():
+        weight.requires_grad_(False)
+    return replace(teacher, trainable=())
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -228,19 +259,18 @@ def _policies(
             seed=config.seed,
             max_chunk_tokens=size,
         )
-    elif isinstance(config.family, SoftPrompt):
+    elif isinstance(config.family, Full):
+        policy, reference = full(model, tokenizer, max_chunk_tokens=size)
+    else:
         init = config.family.init
-        start = context if init == "context" else None if init == "random" else init
-        policy, reference = soft_prompt(
+        policy, reference = (prefix if isinstance(config.family, Prefix) else soft_prompt)(
             model,
             tokenizer,
             num_virtual_tokens=config.family.num_virtual_tokens,
-            init=start,
+            init=context if init == "context" else None if init == "random" else init,
             seed=config.seed,
             max_chunk_tokens=size,
         )
-    else:
-        policy, reference = full(model, tokenizer, max_chunk_tokens=size)
     if config.reference is not None:
         other, words = load_model(config.reference, **options)
         if words.get_vocab() != tokenizer.get_vocab():
@@ -270,6 +300,9 @@ def fingerprint(policy: CausalPolicy, *, numbers: int = 64) -> str:
         some = flat[:: max(1, len(flat) // numbers)].double().cpu()
         digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(some.numpy().tobytes())
+    for own in (policy.virtual, policy.prefix):
+        if own is not None:
+            digest.update(own.detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

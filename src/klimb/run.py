@@ -433,7 +433,7 @@ def _measured_distance(
         generator=generator_for(config.seed, "measure"),
         progress=watch.progress,
     )
-    virtual = 0 if loaded.policy.virtual is None else len(loaded.policy.virtual)
+    virtual = loaded.policy.num_virtual
     lengths = {
         name: sum(len(who.render(example)) for example in examples) / len(examples)
         for name, who in (("teacher", teacher), ("policy", loaded.policy))

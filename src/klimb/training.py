@@ -141,6 +141,7 @@ def _taught(loaded: Loaded, moving: Moving, state: TrainState, examples: list[Ex
             divergence=config.divergence,
             teacher_draws=config.teacher_draws,
             top_k=config.top_k,
+            sequence_gradient=config.sequence_gradient,
             num_iterations=config.num_iterations,
             max_grad_norm=config.max_grad_norm,
         ),

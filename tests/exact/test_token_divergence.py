@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from klimb.exact import kl, random_logits
+from klimb.exact import expectation, kl, random_logits
 from klimb.exact.divergences import jensen_shannon, squared_hellinger, total_variation
 from klimb.exact.space import all_strings
-from klimb.exact.tabular import log_prob
+from klimb.exact.tabular import log_prob, token_log_prob
 from klimb.objectives.generators import divergence
-from klimb.objectives.token_divergence import token_divergence
+from klimb.objectives.token_divergence import token_divergence, what_follows
 
 GENERATOR = torch.Generator().manual_seed(5)
 SPACE = all_strings(3, 3)
@@ -94,3 +94,37 @@ def test_the_top_of_the_teacher_with_the_rest_as_one_is_a_lower_bound():
     assert (found[0] > 0).all()
     with pytest.raises(ValueError, match="the same vocabulary"):
         token_divergence(log_pi, log_p[:, :7])
+
+
+def per_tuple(f, pi, outcomes, long_term=True):
+    """[M] what a step on the policy's own draws makes small, for each tuple of them."""
+    mask, lengths = SPACE.mask[outcomes], SPACE.lengths[outcomes]
+    per_prefix = token_divergence(pi.log_softmax(1), P.log_softmax(1), f=f)
+    found = per_prefix[SPACE.prefixes[outcomes]][mask]
+    if long_term:
+        found = found + what_follows(found, lengths) * token_log_prob(pi, SPACE)[outcomes][mask]
+    return torch.zeros(mask.shape, dtype=found.dtype).masked_scatter(mask, found).sum(2).mean(1)
+
+
+@pytest.mark.parametrize("num_draws", [1, 2, 3])
+@pytest.mark.parametrize("f", ["reverse_kl", "jensen_shannon", "forward_kl", "skew_kl(0.1)"])
+def test_with_what_follows_it_is_the_gradient_of_the_whole_sequence(f, num_draws):
+    pi = PI.clone().requires_grad_()
+    value = (
+        log_prob(pi, SPACE).exp() * along(token_divergence(pi.log_softmax(1), P.log_softmax(1), f=f), None)
+    ).sum()
+    if f == "reverse_kl":
+        assert value.item() == pytest.approx(kl(log_prob(PI, SPACE), log_prob(P, SPACE)).item(), abs=1e-12)
+    true = gradient(value, pi)
+
+    def ours(**options):
+        _, (slope,) = expectation(
+            lambda outcomes: per_tuple(f, pi, outcomes, **options),
+            log_prob(PI, SPACE),
+            num_draws,
+            parameters=[pi],
+        )
+        return slope
+
+    torch.testing.assert_close(ours(), true, rtol=0, atol=1e-12)
+    assert (ours(long_term=False) - true).abs().max() > 1e-2  # the mutant that leaves the long term out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from klimb.data import Draws, Example
-from klimb.distil import Lesson, distance, distil
+from klimb.distil import Lesson, distance, distil, learned
 from klimb.exact import all_strings, kl
 from klimb.models.families import lora
 from klimb.objectives.token_divergence import token_divergence
@@ -97,6 +97,29 @@ def test_pieces_of_prefixes_give_autograds_gradient(policies, divergence, chunk,
     for ours, theirs in zip(seen, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert max(g.abs().max() for g in whole) > 1e-3
+
+
+def test_with_what_follows_the_network_gets_the_gradient_of_the_whole_kl(policies):
+    """All completions of two tokens are drawn once each and weighed by their probability: no noise, and a mutant without the rest."""
+    policy, teacher = policies
+    log_pi, log_p = law(policy), law(teacher).detach()
+    true = torch.autograd.grad((log_pi.exp() * (log_pi - log_p)).sum() / 2, policy.trainable)
+    found = {}
+    for whole in (True, False):
+        lesson = Lesson(teacher, divergence="reverse_kl", sequence_gradient=whole)
+        total = [torch.zeros_like(weight) for weight in policy.trainable]
+        for y, ids in enumerate(SPACE.completions):
+            for p, example in enumerate(EXAMPLES):
+                one = Draws([example], [[ids]], SPACE.finished[y : y + 1][None])
+                for weight in policy.trainable:
+                    weight.grad = None
+                learned(one, policy, lesson, own=True)
+                for sum_, weight in zip(total, policy.trainable, strict=True):
+                    sum_ += log_pi[p, y].exp().item() * weight.grad / 2
+        found[whole] = torch.cat([x.flatten() for x in total])
+    flat = torch.cat([x.flatten() for x in true])
+    torch.testing.assert_close(found[True], flat, rtol=1e-3, atol=2e-5)
+    assert (found[False] - flat).abs().max() > 20 * (found[True] - flat).abs().max()
 
 
 def test_several_updates_a_batch_of_the_teachers_draws_go_further(policies):

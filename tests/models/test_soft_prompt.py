@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from klimb.data import Draws, Example
-from klimb.models.families import save_policy
-from klimb.models.soft_prompt import is_soft_prompt, load_soft_prompt, soft_prompt
+from klimb.models.families import adapter_kind, save_policy
+from klimb.models.soft_prompt import load_soft_prompt, soft_prompt
 from klimb.samplers.ancestral import ancestral
 
 EXAMPLES = [Example("ab"), Example("b"), Example("abba b")]
@@ -28,7 +28,7 @@ def test_it_is_what_peft_runs(policies, seven_tokens, tmp_path):
     draws = drawn(policy)
     ours = draws.sequence_sums(policy.log_prob(draws))
     save_policy(policy, tmp_path)
-    assert is_soft_prompt(tmp_path)
+    assert adapter_kind(tmp_path) == "PROMPT_TUNING"
     theirs = PeftModel.from_pretrained(seven_tokens[0], tmp_path).eval()
     for p, example in enumerate(EXAMPLES):
         prompt = reference.render(example)
@@ -57,7 +57,7 @@ def test_saved_and_loaded_it_is_the_same(policies, tmp_path):
     again = load_soft_prompt(reference, tmp_path)
     draws = drawn(policy)
     assert torch.equal(again.log_prob(draws), policy.log_prob(draws).detach())
-    assert not is_soft_prompt(tmp_path / "nothing")
+    assert adapter_kind(tmp_path / "nothing") is None
 
 
 def test_only_the_virtual_tokens_move_and_every_one_of_them_can(policies):

@@ -20,6 +20,7 @@ from klimb.config.options import (
     LengthNormalized,
     Lora,
     PlainTilt,
+    Prefix,
     SoftPrompt,
     Teacher,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "LengthNormalized",
     "Lora",
     "PlainTilt",
+    "Prefix",
     "SoftPrompt",
     "Teacher",
     "load",

@@ -25,6 +25,21 @@ from klimb.nearest import nearest
 DESTINATIONS = ("beta", "kl_budget", "reward_goal")
 DRAWN = ("num_generations", "num_replay", "replay_steps", "dynamic_sampling")
 """options of draws, zero where there are none"""
+OF_REWARDED_DRAWS = (
+    *(
+        "reward_weights",
+        "reward_cache",
+        "plan",
+        "keep_fresh",
+        "log_z",
+        "log_z_learning_rate",
+        "clip",
+        "num_minibatches",
+    ),
+    *("epsilon", "epsilon_high", "importance_cap", "kl_stop", "kl_penalty", "kl_target", "kl_horizon"),
+    *("gae_lambda", "value_learning_rate", "value_clip", "eval_steps", "eval_prompts", "eval_draws"),
+)
+"""options that distill has no use for"""
 UNIONS = {"family": "lora", "target": "tilt"}
 """keys that hold one of several kinds -> the kind unless said"""
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -73,6 +88,18 @@ class SoftPrompt(BaseModel):
     """how many"""
     init: str = "context"
     """what they start as: the target's context, a text of your own, or random"""
+
+
+class Prefix(BaseModel):
+    """Trained keys and values that every layer sees before the prompt; the model stays."""
+
+    model_config = STRICT
+
+    kind: Literal["prefix"] = "prefix"
+    num_virtual_tokens: Count = 16
+    """how many"""
+    init: str = "context"
+    """a text whose keys and values they start as: the target's context, one of your own, or random tokens"""
 
 
 # written out, since the table itself needs torch; a test compares the two
@@ -197,7 +224,7 @@ class Teacher(BaseModel):
 
     kind: Literal["teacher"] = "teacher"
     teacher: str
-    """hub id or local folder"""
+    """hub id or local folder, also of an adapter of this run's model, such as RUN/policy"""
 
 
 TAUGHT = ("context", "teacher")
@@ -236,7 +263,7 @@ class Config(BaseModel):
     """run Python code that comes with the model"""
     reference: str | None = None
     """another model of the same tokenizer; left out: the starting policy"""
-    family: Annotated[Lora | Full | SoftPrompt, Field(discriminator="kind")] = Lora()
+    family: Annotated[Lora | Full | SoftPrompt | Prefix, Field(discriminator="kind")] = Lora()
     """which weights move"""
 
     dataset_name: str
@@ -286,6 +313,8 @@ class Config(BaseModel):
     """of distill: share of the steps that learn from completions of the target; the others from the policy's own"""
     top_k: Count | None = None
     """of distill: the target's likeliest tokens that count one by one, the rest as one; left out: all"""
+    sequence_gradient: bool = False
+    """of distill, on the policy's own completions: also learn from what a token does to later ones (MiniLLM)"""
     num_generations: Amount = 8
     """fresh completions a prompt in a step"""
     num_replay: Amount = 8
@@ -514,7 +543,7 @@ class Config(BaseModel):
                 f"distill learns from a target that is a policy, got target.kind {self.target.kind}; give target.context, "
                 "target.context_file or target.teacher"
             )
-        asked = self.touched("divergence", "teacher_draws", "top_k")
+        asked = self.touched("divergence", "teacher_draws", "top_k", "sequence_gradient")
         if asked and self.method != "distill":
             raise ValueError(f"{asked[0]} is an option of method distill, got {self.method}; leave it out")
         if not taught:
@@ -524,13 +553,25 @@ class Config(BaseModel):
                 f"target.kind {self.target.kind} is a law already: no reward_funcs, and beta is 1; leave both out"
             )
         if self.method == "distill":
-            drawn = [name for name in DRAWN[1:] if getattr(self, name)]
-            if drawn or self.num_generations < 1 or self.eval_steps is not None or self.kl_target is not None:
-                raise ValueError(
-                    "distill learns from num_generations fresh completions, one or more, and from nothing kept; leave "
-                    f"{', '.join((*DRAWN[1:], 'eval_steps', 'kl_target'))} out"
-                )
+            self._distils()
         return self.method == "distill"
+
+    def _distils(self) -> None:
+        """Refuse what distill does not do, by name."""
+        kept = [name for name in DRAWN[1:] if getattr(self, name)]
+        if kept or self.num_generations < 1:
+            raise ValueError(
+                f"distill learns from num_generations fresh completions, one or more, and from nothing kept; leave {', '.join(DRAWN[1:])} out"
+            )
+        if unread := self.touched(*OF_REWARDED_DRAWS):
+            raise ValueError(
+                f"{', '.join(unread)}: distill does not read it; leave it out, or use another method"
+            )
+        if self.sequence_gradient and (self.teacher_draws == 1 or self.num_iterations > 1):
+            raise ValueError(
+                f"sequence_gradient is of completions that the policy draws as it is: got teacher_draws {self.teacher_draws:g} and "
+                f"num_iterations {self.num_iterations}, expected less than 1 and 1"
+            )
 
     def _weighs_rewards(self) -> None:
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):

@@ -21,7 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from klimb.models.low_rank import fuse_adapters
 from klimb.models.policy import CausalPolicy, adapters, check_head
-from klimb.models.soft_prompt import save_soft_prompt
+from klimb.models.prefix import load_prefix, save_prefix
+from klimb.models.soft_prompt import load_soft_prompt, save_soft_prompt
+
+VIRTUAL = {"PROMPT_TUNING": load_soft_prompt, "PREFIX_TUNING": load_prefix}
+"""peft's names of adapters that are virtual tokens -> how to load them"""
 
 
 def full(
@@ -132,8 +136,8 @@ def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
     """Write what `from_pretrained` loads: a peft adapter if there is one, otherwise the whole model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if policy.virtual is not None:
-        save_soft_prompt(policy, folder)
+    if policy.num_virtual:
+        (save_prefix if policy.virtual is None else save_soft_prompt)(policy, folder)
         policy.tokenizer.save_pretrained(folder)
         return
     wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
@@ -143,6 +147,12 @@ def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
     else:
         policy.model.save_pretrained(folder, safe_serialization=True)
     policy.tokenizer.save_pretrained(folder)
+
+
+def adapter_kind(folder: str | Path) -> str | None:
+    """Peft's name for the adapter in a folder, such as LORA; None where there is none."""
+    file = Path(folder) / "adapter_config.json"
+    return str(json.loads(file.read_text()).get("peft_type")) if file.is_file() else None
 
 
 def _check_adapter(folder: Path) -> None:

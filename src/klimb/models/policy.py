@@ -41,6 +41,7 @@ class CausalPolicy:
         end: the tokens that end a completion.
         context: what this policy sees before every prompt (`klimb.models.context`), or nothing.
         virtual: [n, D] embeddings before every prompt, or None (`klimb.models.soft_prompt`).
+        prefix: [n, L, 2, H, W] keys and values of each layer before every prompt, or None (`klimb.models.prefix`).
     """
 
     model: Any
@@ -51,6 +52,7 @@ class CausalPolicy:
     end: tuple[int, ...] = field(default=())
     context: str = ""
     virtual: Tensor | None = None
+    prefix: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
@@ -67,8 +69,15 @@ class CausalPolicy:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and completion may have together."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        """Tokens that prompt and completion may have together, beside the virtual ones."""
+        whole = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        return whole - self.num_virtual
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before every prompt."""
+        own = self.prefix if self.virtual is None else self.virtual
+        return 0 if own is None else len(own)
 
     def parameters(self) -> Iterable[Tensor]:
         """The trainable tensors."""
@@ -144,7 +153,7 @@ class CausalPolicy:
     def _hidden(self, draws: Draws) -> Tensor:
         prompts = [self._prompt_ids(example) for example in draws.examples]
         longest = max(map(len, prompts)) + int(draws.lengths.max())
-        if longest <= LONGEST and is_llama_like(self.model):
+        if self.prefix is None and longest <= LONGEST and is_llama_like(self.model):
             return self._hidden_packed(draws, prompts)
         first, cache, mask = self.read_prompts(draws.examples)
         cache.batch_repeat_interleave(draws.num_draws)
@@ -191,7 +200,7 @@ class CausalPolicy:
         return self.model.get_decoder()
 
     def read_prompts(self, examples: Sequence[Example]) -> tuple[Tensor, Any, Tensor]:
-        """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L]."""
+        """Read each prompt: last hidden state [P, D], what the layers remember, attention mask [P, L], a prefix among both."""
         from transformers import DynamicCache
 
         prompts = [self._prompt_ids(example) for example in examples]
@@ -203,10 +212,15 @@ class CausalPolicy:
             mask[i, longest - len(prompt) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         cache = DynamicCache(config=self.model.config)
+        read, prefixed = self._embedded(ids, mask), 0 if self.prefix is None else len(self.prefix)
+        if self.prefix is not None:
+            mask = torch.cat([mask.new_ones(len(mask), prefixed), mask], 1)
+            for i, (keys, values) in enumerate(self.prefix.permute(1, 2, 3, 0, 4)):
+                cache.update(*(x.expand(len(mask), -1, -1, -1) for x in (keys, values)), i)
         out = self.body(
-            **self._embedded(ids, mask),
+            **read,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, prefixed:],
             **remembering(self.model, cache),
         )
         return out.last_hidden_state[:, -1], cache, mask

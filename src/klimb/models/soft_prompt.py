@@ -7,7 +7,6 @@ Source: Lester, Al-Rfou, Constant, "The power of scale for parameter-efficient p
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,10 @@ def soft_prompt(
 def save_soft_prompt(policy: CausalPolicy, folder: str | Path) -> None:
     """Write the virtual tokens as a peft adapter."""
     from peft import PromptTuningConfig
-    from safetensors.torch import save_file
 
     assert policy.virtual is not None
     config = policy.model.config.get_text_config()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    PromptTuningConfig(
+    own = PromptTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=len(policy.virtual),
         token_dim=policy.virtual.shape[1],
@@ -81,15 +78,17 @@ def save_soft_prompt(policy: CausalPolicy, folder: str | Path) -> None:
         num_layers=config.num_hidden_layers,
         base_model_name_or_path=getattr(policy.model.config, "_name_or_path", None),
         inference_mode=True,
-    ).save_pretrained(str(folder))
-    weights = {WEIGHTS: policy.virtual.detach().cpu().contiguous()}
-    save_file(weights, Path(folder) / "adapter_model.safetensors")
+    )
+    save_virtual(own, policy.virtual, folder)
 
 
-def is_soft_prompt(folder: str | Path) -> bool:
-    """True if a folder holds virtual tokens."""
-    file = Path(folder) / "adapter_config.json"
-    return file.is_file() and json.loads(file.read_text()).get("peft_type") == "PROMPT_TUNING"
+def save_virtual(config: Any, weights: Tensor, folder: str | Path) -> None:
+    """Write a peft configuration and its virtual tokens, [n, anything]."""
+    from safetensors.torch import save_file
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file({WEIGHTS: weights.detach().cpu().contiguous()}, Path(folder) / "adapter_model.safetensors")
 
 
 def load_soft_prompt(reference: CausalPolicy, folder: str | Path) -> CausalPolicy:

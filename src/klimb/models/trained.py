@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from klimb.models.families import lora
+from klimb.models.families import VIRTUAL, adapter_kind, lora
 from klimb.models.hub import load_model
 from klimb.models.policy import CausalPolicy, adapters, check_head
-from klimb.models.soft_prompt import is_soft_prompt, load_soft_prompt
 
 
 def load_trained(
@@ -37,11 +36,12 @@ def load_trained(
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder; expected a trained policy, such as RUN/policy")
-    if is_soft_prompt(folder):
+    kind = adapter_kind(folder)
+    if kind in VIRTUAL:
         reference = CausalPolicy(model, tokenizer, max_chunk_tokens=max_chunk_tokens)
         check_head(reference)
-        return load_soft_prompt(reference, folder), reference
-    if (Path(folder) / "adapter_config.json").is_file():
+        return VIRTUAL[kind](reference, folder), reference
+    if kind is not None:
         policy, reference = lora(model, tokenizer, start=folder, max_chunk_tokens=max_chunk_tokens)
         assert isinstance(policy.activate, partial)
         wrapped = policy.activate.args[0]

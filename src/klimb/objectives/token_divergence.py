@@ -6,8 +6,12 @@ n prefixes, V tokens. Both directions are exact for a prefix: what is random is 
     KL(pi||p) = E_{y ~ pi} sum_t KL(pi_t||p_t)          prefixes of the policy
 
 so `forward_kl` on the teacher's draws has the gradient of KL(p||pi) itself. `reverse_kl` on the policy's draws has the right value, and
-the gradient with the visited prefixes held fixed: what a token does to later prefixes is left out. Other pairings and other
-divergences are objectives whose minimum is p too, where the family holds it, and no divergence between laws of completions.
+the gradient with the visited prefixes held fixed: what a token does to later prefixes is left out. `what_follows` is that part: with
+
+    grad E_{y ~ pi} sum_t D_t  =  E_{y ~ pi} sum_t (grad D_t + grad log pi(y_t) sum_{s > t} D_s)
+
+any divergence on the policy's own prefixes has its whole gradient. Other pairings and other divergences are objectives whose
+minimum is p too, where the family holds it, and no divergence between laws of completions.
 """
 
 from __future__ import annotations
@@ -73,3 +77,40 @@ def _with_rest(log_kept: Tensor) -> Tensor:
     """[n, k] -> [n, k + 1]: the mass that is left, as one more token."""
     rest = (1 - log_kept.exp().sum(1, keepdim=True)).clamp(min=torch.finfo(log_kept.dtype).eps)
     return torch.cat([log_kept, rest.log()], 1)
+
+
+def what_follows(divergence: Tensor, lengths: Tensor) -> Tensor:
+    r"""How much divergence comes after each token, less what comes after that place in the prompt's other completions.
+
+    $$ c_{gt} = \sum_{s > t} D_{gs} - \frac{1}{G - 1} \sum_{h \neq g} \sum_{s > t} D_{hs} $$
+
+    Times grad log pi of each token, and with the gradient of the divergence itself, this is an unbiased estimate of the gradient
+    of the expected sum over the prefixes that the policy visits: with D_t = KL(pi_t||p_t) that of KL(pi||p). With one completion a
+    prompt nothing is subtracted.
+
+    Args:
+        divergence: [N] of each packed token's prefix, nats, of draws from the policy as it is.
+        lengths: [P, G] tokens.
+
+    Returns:
+        [N] nats, detached.
+
+    Example:
+        >>> what_follows(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([[3, 1]]))
+        tensor([6., 4., 0., 0.])
+        >>> what_follows(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([[2, 2]]))
+        tensor([-6.,  0.,  6.,  0.])
+
+    Source: Gu, Dong, Wei, Huang, "MiniLLM: knowledge distillation of large language models", 2024, eq. 4 (single-step decomposition).
+
+    Not the same as MiniLLM's training, which sums log-ratios of the tokens drawn where this sums whole divergences (the same mean, more
+    noise), divides by the tokens that follow (another objective) and draws from a mixture of policy and teacher.
+    """
+    num_prompts, num_draws = lengths.shape
+    lengths = lengths.to(divergence.device)
+    here = torch.arange(int(lengths.max()), device=divergence.device) < lengths[..., None]
+    padded = divergence.new_zeros(here.shape).masked_scatter(here, divergence.detach())
+    after = padded.flip(2).cumsum(2).flip(2) - padded
+    if num_draws > 1:
+        after = (after - after.mean(1, keepdim=True)) * (num_draws / (num_draws - 1))
+    return after[here]
