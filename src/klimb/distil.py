@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from klimb.batch import next_prompts
 from klimb.data import Draws, Example, Sampler, chunks, select
 from klimb.models.policy import CausalPolicy
-from klimb.numbers.estimate import Estimate, bootstrap, mean_estimate
+from klimb.numbers.estimate import Estimate, mean_estimate, ratio_estimate
 from klimb.objectives.token_divergence import token_divergence, what_follows
 from klimb.plan import Progress, prompts_at_once, silent
 from klimb.steps import Step, TrainState
@@ -258,38 +258,31 @@ def distance(
         progress(f"draw from the {name}", 0, 1)
         draws[name] = sampler(who, examples, num_draws, generator=generator)
         progress(f"draw from the {name}", 1, 1)
-    apart = partial(_apart, teacher=teacher, progress=progress)
-    forward, before = apart(
-        draws["teacher"], [policy, reference], f="forward_kl", what="score the teacher's draws"
+    apart = partial(tokens_apart, teacher=teacher, progress=progress)
+    taught, own, first = (draws[name] for name in names)
+    forward, before = map(
+        taught.sequence_sums,
+        apart(taught, [policy, reference], f="forward_kl", what="score the teacher's draws"),
     )
-    (back,) = apart(draws["policy"], [policy], f="reverse_kl", what="score the policy's draws")
-    (back_before,) = apart(
-        draws["reference"], [reference], f="reverse_kl", what="score the reference's draws"
-    )
+    (back,) = apart(own, [policy], f="reverse_kl", what="score the policy's draws")
+    (back_before,) = apart(first, [reference], f="reverse_kl", what="score the reference's draws")
+    left = ratio_estimate(forward, before, generator=generator)
     return Distance(
         *(mean_estimate(x, generator=generator) for x in (forward, before)),
-        _share(forward, before, generator),
-        *(mean_estimate(x, generator=generator) for x in (back, back_before)),
-        tokens=draws["teacher"].lengths.float().mean().item(),
-        teacher_draws=draws["teacher"],
-        policy_draws=draws["policy"],
-        reference_draws=draws["reference"],
+        Estimate(1 - left.value, 1 - left.high, 1 - left.low, left.n),
+        *(
+            mean_estimate(who.sequence_sums(x), generator=generator)
+            for who, x in ((own, back), (first, back_before))
+        ),
+        tokens=taught.lengths.float().mean().item(),
+        teacher_draws=taught,
+        policy_draws=own,
+        reference_draws=first,
     )
-
-
-def _share(left: Tensor, start: Tensor, generator: torch.Generator) -> Estimate:
-    """1 - mean left / mean start, of the same draws."""
-    pairs = torch.stack([left, start], -1).double()
-
-    def closed(x: Tensor) -> Tensor:
-        return 1 - x[..., 0].mean((-1, -2)) / x[..., 1].mean((-1, -2))
-
-    low, high = bootstrap(closed, pairs, generator=generator)
-    return Estimate(closed(pairs).item(), low.item(), high.item(), left.numel())
 
 
 @torch.no_grad()
-def _apart(
+def tokens_apart(
     draws: Draws,
     policies: Sequence[CausalPolicy],
     *,
@@ -298,20 +291,19 @@ def _apart(
     progress: Progress,
     what: str,
 ) -> list[Tensor]:
-    """[P, G] for each policy: the divergence of the next token from the teacher's, summed over each completion."""
+    """[N] for each policy: the divergence of its next token from the teacher's at each packed token of `draws`, nats."""
     found: list[list[Tensor]] = [[] for _ in policies]
     at_once = prompts_at_once(draws.num_draws)
     for start in range(0, draws.num_prompts, at_once):
         stop = min(start + at_once, draws.num_prompts)
         piece = select(draws, range(start, stop))
         taught = teacher.hidden(piece)
-        for policy, sums in zip(policies, found, strict=True):
-            values = [
+        for policy, values in zip(policies, found, strict=True):
+            values += [
                 token_divergence(
                     policy.head.logits(h).log_softmax(1), teacher.head.logits(t).log_softmax(1), f=f
-                )
+                ).cpu()
                 for h, t in zip(policy.hidden(piece).split(ROWS), taught.split(ROWS), strict=True)
             ]
-            sums.append(piece.sequence_sums(torch.cat(values).cpu()))
         progress(what, stop, draws.num_prompts)
-    return [torch.cat(sums) for sums in found]
+    return [torch.cat(values) for values in found]

@@ -186,11 +186,9 @@ def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> Ca
 def _named_teacher(name: str, config: Config) -> CausalPolicy:
     """A model, or an adapter of klimb or peft, beside a second copy of the model of the run."""
     kind, size = adapter_kind(os.path.expanduser(name)), config.max_chunk_tokens
-    model, words = load_model(
-        name if kind is None else config.model_name_or_path,
-        **({} if kind is None else {"revision": config.model_revision}),
-        **_options(config),
-    )
+    beside = name if kind is None else config.model_name_or_path
+    revision = "main" if kind is None else config.model_revision
+    model, words = load_model(beside, revision=revision, **_options(config))
     plain = CausalPolicy(model, words, max_chunk_tokens=size)
     if kind is None:
         return plain

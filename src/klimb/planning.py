@@ -11,14 +11,19 @@ import torch
 from klimb import store
 from klimb.aim import aimed_at, target_record
 from klimb.choice import takes_forbidden
-from klimb.config import Config
+from klimb.config import Config, Full
 from klimb.data import Pool, Target
+from klimb.distil import Lesson
 from klimb.loaded import Loaded, generator_for
+from klimb.models.policy import CausalPolicy
 from klimb.plan import Plan, draw_pool, plan
-from klimb.records import plan_record
+from klimb.plan_distil import advice, plan_distil
+from klimb.records import apart_record, plan_record
 from klimb.target import own_reward
 from klimb.watch import Watch
 
+POOL = 8
+"""draws a prompt, of teacher and reference each, from which their distance is read; both KLs have little noise"""
 NOT_THE_REFERENCE = {
     "train": "draws of the policy in training",
     "measure": "draws of the measured policy",
@@ -31,7 +36,7 @@ NOT_THE_REFERENCE = {
 
 def planned(
     loaded: Loaded, path: Path, watch: Watch, *, to_train: bool
-) -> tuple[Pool, float, dict[str, Any]]:
+) -> tuple[Pool | None, float, dict[str, Any]]:
     """Draw the pool, or take the one that is there or that `config.plan` names; write it and plan.json.
 
     Args:
@@ -41,13 +46,15 @@ def planned(
         to_train: whether the pool is going to be trained on.
 
     Returns:
-        The pool, the beta and what plan.json holds.
+        The pool (none with distill, which learns from nothing kept), the beta and what plan.json holds.
 
     Raises:
         ValueError: a given pool is not of this reference, reward and prompts; training could not live on the pool;
             beta cannot be found from it; all rewards are the same.
     """
     config = loaded.config
+    if config.method == "distill":
+        return None, 1.0, _planned_lesson(loaded, path, watch)
     own = store.draws_path(path, "plan")
     if own.is_file():
         pool = _stored_pool(own, loaded)
@@ -82,11 +89,57 @@ def planned(
         record = store.read_json(path / "plan.json")
     else:
         record = _record(found, price, loaded, generator, why=_why(config))
+        if loaded.teacher is not None and not to_train:
+            record |= _apart(loaded, watch)
         if not own.is_file():
             store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
         store.write_json(path / "plan.json", record)
     _settle(path, config, beta)
     return pool, beta, record
+
+
+def _planned_lesson(loaded: Loaded, path: Path, watch: Watch) -> dict[str, Any]:
+    """What plan.json holds of a distillation, written unless it is there."""
+    where = path / "plan.json"
+    if not where.is_file():
+        record = {
+            "target": target_record(loaded.config.target),
+            "beta": {"value": 1.0, "why": "the target is a law"},
+        }
+        store.write_json(where, {**record, **_apart(loaded, watch)})
+    return store.read_json(where)
+
+
+def _apart(loaded: Loaded, watch: Watch) -> dict[str, Any]:
+    """How far a target that is a policy is from the reference, and what to choose."""
+    config = loaded.config
+    assert loaded.teacher is not None
+    lesson = Lesson(
+        loaded.teacher,
+        divergence=config.divergence if config.method == "distill" else "forward_kl",
+        top_k=config.top_k,
+    )
+    found = plan_distil(
+        loaded.train_examples[: config.measure_prompts],
+        loaded.policy,
+        loaded.reference,
+        loaded.sampler,
+        lesson,
+        num_draws=min(config.num_plan_draws, POOL),
+        step=(config.prompts_per_step, max(config.num_generations, 1)),
+        generator=generator_for(config.seed, "plan a distillation"),
+        progress=watch.progress,
+    )
+    holds = holds_teacher(config, loaded.reference, loaded.teacher)
+    return apart_record(found, advice(found, holds=holds), holds=holds, config=config)
+
+
+def holds_teacher(config: Config, reference: CausalPolicy, teacher: CausalPolicy) -> bool | None:
+    """True where the family is known to hold the target: all weights, and a teacher of the same shape. Else None: it cannot be told."""
+    if not isinstance(config.family, Full) or teacher.context or teacher.num_virtual:
+        return None
+    shapes = [{name: w.shape for name, w in who.model.named_parameters()} for who in (reference, teacher)]
+    return True if shapes[0] == shapes[1] else None
 
 
 def replanned(loaded: Loaded, path: Path, pool: Pool | None, beta: float) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from klimb.config import Config
 from klimb.data import Pool
 from klimb.distil import Distance
 from klimb.measure import Measurement
@@ -15,6 +16,7 @@ from klimb.numbers.estimate import Estimate, bootstrap, mean_estimate
 from klimb.numbers.frontier import FrontierPoint
 from klimb.numbers.ordering import agreement
 from klimb.plan import Plan
+from klimb.plan_distil import Advice, Apart
 from klimb.steps import Step
 
 
@@ -181,4 +183,49 @@ def _raw_reward(found: Measurement) -> dict[str, Any]:
     return {
         name: mean_estimate(pool.reward, generator=torch.Generator().manual_seed(0)).as_dict()
         for name, pool in pools.items()
+    }
+
+
+def apart_record(found: Apart, said: Advice, *, holds: bool | None, config: Config) -> dict[str, Any]:
+    """What plan.json holds of a target that is a policy, beside target and beta."""
+    names = ("forward", "reverse", "forward_a_token", "reverse_a_token")
+    cost = found.cost
+    step = cost.step(teacher_draws=config.teacher_draws, num_iterations=config.num_iterations)
+    return {
+        "apart": {
+            **{name: getattr(found, name).as_dict() for name in names},
+            "places": [
+                {
+                    "first": place.first,
+                    "last": place.last,
+                    **{
+                        name: None if x is None else x.as_dict()
+                        for name, x in (("forward", place.forward), ("reverse", place.reverse))
+                    },
+                }
+                for place in found.places
+            ],
+            "prompts": [
+                {"id": example.id, "prompt": example.prompt, "forward": forward, "reverse": reverse}
+                for example, forward, reverse in found.prompts
+            ],
+            "pareto_k": found.pareto_k if math.isfinite(found.pareto_k) else None,
+            "tail_holds": found.tail_holds,
+            "holds": holds,
+            "trained_numbers": cost.trained_numbers,
+            "prompt_tokens": {"teacher": cost.prompt_tokens[0], "policy": cost.prompt_tokens[1]},
+            "tokens_a_step": cost.tokens,
+            "seconds": {
+                "teacher": cost.teacher_seconds,
+                "policy": cost.policy_seconds,
+                "update": cost.update_seconds,
+                "step": step,
+                "run": step * config.max_steps,
+            },
+        },
+        "advice": {
+            "divergence": said.divergence,
+            "teacher_draws": said.teacher_draws,
+            "words": list(said.words),
+        },
     }

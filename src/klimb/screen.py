@@ -186,6 +186,10 @@ def _planned(plan: Mapping[str, Any]) -> RenderableType:
     beta = plan["beta"]
     table = _grid()
     _aim(table, plan["target"])
+    if "apart" in plan:
+        _apart(table, plan["apart"], plan["advice"])
+    if "optimum" not in plan:
+        return table
     table.add_row("beta", f"{beta['value']:.4g} reward a nat  ({beta['why']})")
     table.add_row("reference reward", estimate(plan["reference"]["reward"]))
     _parts(table, plan)
@@ -194,6 +198,27 @@ def _planned(plan: Mapping[str, Any]) -> RenderableType:
     for best in plan["best_of_n"][1:]:
         table.add_row(f"best of {best['n']}", f"{estimate(best['reward'])} at {best['kl']['value']:.2f} nats")
     return table
+
+
+def _apart(table: Any, found: Mapping[str, Any], advice: Mapping[str, Any]) -> None:
+    """How far reference and target are apart, where, what a step costs, and what to choose."""
+    for name, label in (("forward", "KL(target||reference)"), ("reverse", "KL(reference||target)")):
+        table.add_row(label, f"{estimate(found[name])} nats, {estimate(found[f'{name}_a_token'])} a token")
+    for place in found["places"]:
+        span = (
+            f"{place['first']} to {place['last']}" if place["first"] < place["last"] else str(place["first"])
+        )
+        both = ", ".join(estimate(place[name]) for name in ("forward", "reverse") if place[name])
+        table.add_row(f"  token {span}", both)
+    seconds = found["seconds"]
+    table.add_row(
+        "a step",
+        f"{found['tokens_a_step']:.0f} tokens; drawing {seconds['teacher']:.1f} s from the target, {seconds['policy']:.1f} s from the policy; "
+        f"an update {seconds['update']:.1f} s; the run as configured {_duration(seconds['run'])}",
+    )
+    for word in advice["words"]:
+        table.add_row("", Text(word))
+    table.add_row("choose", f"divergence {advice['divergence']}, teacher_draws {advice['teacher_draws']:g}")
 
 
 def _aim(table: Any, target: Mapping[str, Any]) -> None:
@@ -274,6 +299,12 @@ def _places(record: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _plan_line(record: Mapping[str, Any]) -> str:
+    if "optimum" not in record:
+        found, chosen = record["apart"], record["advice"]
+        return (
+            f"plan: KL(target||reference) {estimate(found['forward'])} nats, KL(reference||target) {estimate(found['reverse'])}; choose "
+            f"{chosen['divergence']} with teacher_draws {chosen['teacher_draws']:g}"
+        )
     best = record["optimum"]
     return (
         f"plan: beta {record['beta']['value']:.4g} ({record['beta']['why']}); reference "

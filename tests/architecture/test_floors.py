@@ -23,7 +23,7 @@ FLOORS = [  # from the bottom
     {"methods", "backward"},
     {"learn", "log_z"},
     {"batch", "steps"},
-    {"plan", "train", "measure", "sample", "distil"},
+    {"plan", "train", "measure", "sample", "distil", "plan_distil"},
     {"report", "store", "config", "dataset", "comparisons", "convert", "tasks"},
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},

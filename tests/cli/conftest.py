@@ -20,6 +20,19 @@ def other_model(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_shape(tiny_model, tmp_path_factory):
+    """Folder of a model of the same tokenizer and another width."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("other-shape")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.head_dim = 2 * config.hidden_size, config.hidden_size
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def no_report(monkeypatch):
     """Runs end without report.html."""

@@ -45,6 +45,7 @@ def taught(klimb, tiny_run, tmp_path, no_report):
         (),
         ("--family.kind", "full", "--learning_rate", "0.003"),
         ("--divergence", "reverse_kl", "--teacher_draws", "0"),
+        ("--divergence", "reverse_kl", "--teacher_draws", "0.25", "--sequence_gradient", "true"),
         ("--divergence", "jensen_shannon", "--teacher_draws", "0.5"),
         ("--divergence", "skew_kl(0.1)"),
         ("--top_k", "8"),
@@ -62,9 +63,10 @@ def test_a_context_is_learned(taught, words):
     assert {step["taught"] for step in steps} <= {0.0, 1.0}
 
 
-def test_a_soft_prompt_takes_the_place_of_a_context_and_is_measured_again(taught, klimb):
+@pytest.mark.parametrize("kind", ["soft_prompt", "prefix"])
+def test_virtual_tokens_take_the_place_of_a_context_and_are_measured_again(taught, klimb, kind):
     status, out, err, run = taught(
-        "--family.kind", "soft_prompt", "--family.num_virtual_tokens", "2", "--learning_rate", "0.05"
+        "--family.kind", kind, "--family.num_virtual_tokens", "2", "--learning_rate", "0.05"
     )
     assert (status, err) == (0, ""), err
     found = read_json(run / "measure.json")["distance"]
@@ -94,6 +96,80 @@ def test_a_teacher_is_learned(taught, other_model):
     found = read_json(run / "measure.json")["distance"]
     assert found["closed"]["low"] > 0.2
     assert found["prompt_tokens"]["teacher"] == found["prompt_tokens"]["policy"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft_prompt", "prefix"])
+def test_an_adapter_is_a_teacher(taught, klimb, tmp_path, kind):
+    """What one run learned another learns from: the teacher's law is that of the run's policy."""
+    words = ("--family.kind", kind, *(() if kind == "lora" else ("--family.num_virtual_tokens", "2")))
+    status, _, err, run = taught(
+        *words, "--learning_rate", "0.05" if words[2:] else "0.02", output_dir=tmp_path / "first"
+    )
+    assert (status, err) == (0, ""), err
+    first = read_json(tmp_path / "first" / "measure.json")["distance"]
+    status, _, err, run = taught(
+        "--target.teacher",
+        tmp_path / "first" / "policy",
+        "--family.kind",
+        "full",
+        "--learning_rate",
+        "0.003",
+        **{"target.context": None},
+    )
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "measure.json")["distance"]
+    assert found["closed"]["low"] > 0.2
+    assert found["forward_reference"]["value"] > 0.3 * first["forward_reference"]["value"]
+
+
+def test_an_adapter_of_another_shape_is_refused(taught, tmp_path, other_shape):
+    status, _, err, _ = taught(
+        "--model_name_or_path", other_shape, "--max_steps", "1", verb="train", output_dir=tmp_path / "first"
+    )
+    assert (status, err) == (0, ""), err
+    status, _, err, run = taught(
+        "--target.teacher", tmp_path / "first" / "policy", **{"target.context": None}
+    )
+    assert status == 2
+    assert "this adapter does not fit" in err
+    assert not run.exists()
+
+
+def test_a_plan_says_how_far_apart_and_what_to_choose(taught, klimb):
+    status, out, err, run = taught("--num_plan_draws", "8", verb="plan")
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "plan.json")
+    apart = found["apart"]
+    for name in ("forward", "reverse", "forward_a_token", "reverse_a_token"):
+        assert 0 <= apart[name]["low"] < apart[name]["value"] < apart[name]["high"]
+    assert apart["places"][0]["first"] == apart["places"][0]["last"] == 1
+    assert len(apart["prompts"]) == 8
+    assert sum(x["forward"] for x in apart["prompts"]) / 8 == pytest.approx(apart["forward"]["value"])
+    assert apart["seconds"]["run"] == pytest.approx(30 * apart["seconds"]["step"])
+    assert apart["holds"] is None
+    assert "cannot be told before training" in " ".join(found["advice"]["words"])
+    assert "KL(target||reference)" in out
+    assert "choose" in out
+    status, _, err, run = taught(verb="measure")  # no policy yet
+    assert status == 2
+
+
+def test_a_teacher_of_the_same_shape_is_held_by_all_weights(taught, other_model):
+    status, _, err, run = taught(
+        "--target.teacher", other_model, "--family.kind", "full", verb="plan", **{"target.context": None}
+    )
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "plan.json")
+    assert found["apart"]["holds"] is True
+    assert "The family holds the target" in " ".join(found["advice"]["words"])
+
+
+def test_a_plan_for_draws_says_it_too_beside_the_frontier(taught):
+    status, _, err, run = taught(method="log_variance", num_plan_draws=16, num_replay=4, verb="plan")
+    assert (status, err) == (0, ""), err
+    found = read_json(run / "plan.json")
+    assert {"apart", "advice", "frontier", "optimum"} <= set(found)
+    assert (run / "draws" / "plan.parquet").is_file()
 
 
 def test_the_teacher_itself_is_at_no_distance(taught, tiny_run, tmp_path):
@@ -146,7 +222,26 @@ def test_a_killed_run_goes_on_to_the_same_numbers(taught, klimb):
         (("--target.context", " "), "the context is empty"),
         (("--target.context_file", "nowhere.txt"), "expected one of context"),
         (("--method", "reverse_kl", "--top_k", "3"), "top_k is an option of method distill"),
+        (
+            ("--method", "reverse_kl", "--sequence_gradient", "true"),
+            "sequence_gradient is an option of method distill",
+        ),
         (("--target.context", "good " * 70), "longer than the model's context"),
+        (("--kl_penalty", "k2_as_loss"), "kl_penalty: distill does not read it"),
+        (("--clip", "3", "--eval_steps", "2"), "clip, eval_steps: distill does not read it"),
+        (("--kl_target", "1"), "kl_target: distill does not read it"),
+        (
+            ("--sequence_gradient", "true"),
+            "got teacher_draws 1 and num_iterations 1, expected less than 1 and 1",
+        ),
+        (
+            ("--sequence_gradient", "true", "--teacher_draws", "0", "--num_iterations", "2"),
+            "got teacher_draws 0 and num_iterations 2",
+        ),
+        (
+            ("--family.kind", "prefix", "--family.num_virtual_tokens", "60"),
+            "that is longer than the model's context of 4 beside 60 virtual tokens",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(taught, words, said):

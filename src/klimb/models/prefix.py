@@ -71,17 +71,16 @@ def remembered(model: Any, embeddings: Tensor) -> Tensor:
 
     cache = DynamicCache(config=model.config)
     model.get_decoder()(inputs_embeds=embeddings[None], **remembering(model, cache))
-    others = [layer for layer in cache.layers if type(layer) is not DynamicLayer]
-    if others or len({layer.keys.shape for layer in cache.layers}) > 1:
+    kept: list[tuple[Any, Any]] = [
+        (layer.keys, layer.values) for layer in cache.layers if type(layer) is DynamicLayer
+    ]
+    if len(kept) < len(cache.layers) or len({x.shape for pair in kept for x in pair}) > 1:
         raise ValueError(
             f"prefix: {type(model).__name__} has layers that do not remember keys and values of all tokens alike; use family "
             "soft_prompt, which goes with any architecture"
         )
-    return (
-        torch.stack([torch.stack([x.keys[0], x.values[0]]) for x in cache.layers])
-        .permute(3, 0, 1, 2, 4)
-        .contiguous()
-    )
+    whole = torch.stack([torch.stack([x[0] for x in pair]) for pair in kept])
+    return whole.permute(3, 0, 1, 2, 4).contiguous()
 
 
 def save_prefix(policy: CausalPolicy, folder: str | Path) -> None:
@@ -113,9 +112,9 @@ def load_prefix(reference: CausalPolicy, folder: str | Path) -> CausalPolicy:
     from safetensors.torch import load_file
 
     flat = load_file(Path(folder) / "adapter_model.safetensors").get(WEIGHTS)
-    shape = remembered(reference.model, reference.model.get_input_embeddings().weight[:1]).shape[1:]
-    if flat is None or flat.ndim != 2 or flat.shape[1] != shape.numel():
+    one = remembered(reference.model, reference.model.get_input_embeddings().weight[:1])[0]
+    if flat is None or flat.ndim != 2 or flat.shape[1] != one.numel():
         got = "no prompt_embeddings" if flat is None else f"a prefix of shape {list(flat.shape)}"
-        raise ValueError(f"{folder}: got {got}, expected [n, {shape.numel()}] for this model")
-    own = flat.reshape(-1, *shape).to(reference.device, reference.model.dtype)
+        raise ValueError(f"{folder}: got {got}, expected [n, {one.numel()}] for this model")
+    own = flat.reshape(-1, *one.shape).to(reference.device, reference.model.dtype)
     return replace(reference, prefix=own)

@@ -34,8 +34,8 @@ def soft_prompt(
         model: a loaded causal language model.
         tokenizer: its tokenizer.
         num_virtual_tokens: n.
-        init: a text whose embeddings they start as: cut into n runs of tokens, the mean of each, so that all of a long text is in
-            it; a short one is repeated. None: the embeddings of tokens drawn at random.
+        init: a text whose first n embeddings they start as; a short one is repeated. None: the embeddings of tokens drawn at
+            random. (Means of runs of a long text would hold all of it, but no layer has ever read such a thing.)
         seed: of that.
         max_chunk_tokens: how many completion tokens go through the model together.
 
@@ -55,10 +55,8 @@ def soft_prompt(
         ids = tokenizer(init, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"soft_prompt: the text {init!r} to start from has no tokens")
-        while len(ids) < num_virtual_tokens:
-            ids = ids + ids
-        runs = torch.tensor(ids).tensor_split(num_virtual_tokens)
-        start = torch.stack([table(run.to(model.device)).mean(0) for run in runs])
+        many = ids * (num_virtual_tokens // len(ids) + 1)
+        start = table(torch.tensor(many[:num_virtual_tokens], device=model.device))
     virtual = start.detach().clone().requires_grad_()
     return replace(reference, virtual=virtual, trainable=(virtual,)), reference
 

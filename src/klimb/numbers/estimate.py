@@ -186,6 +186,23 @@ def mean_estimate(
     return Estimate(draws.double().mean().item(), low.item(), high.item(), draws.numel(), warnings)
 
 
+def ratio_estimate(above: Tensor, below: Tensor, *, generator: torch.Generator) -> Estimate:
+    """The mean of one number a draw over the mean of another, of the same draws, [P, G] both, as an Estimate.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> print(ratio_estimate(torch.full((10, 4), 3.0), torch.full((10, 4), 12.0), generator=g))
+        0.25 [0.25, 0.25]
+    """
+
+    def ratio(x: Tensor) -> Tensor:
+        return x[..., 0].mean((-1, -2)) / x[..., 1].mean((-1, -2))
+
+    pairs = torch.stack([above, below], -1).double()
+    low, high = bootstrap(ratio, pairs, generator=generator)
+    return Estimate(ratio(pairs).item(), low.item(), high.item(), above.numel())
+
+
 @torch.no_grad()
 def kl_k1(log_pi: Tensor, log_ref: Tensor) -> Tensor:
     """KL(policy||reference) as the mean log-ratio, k1 = log pi - log ref, over draws from the policy.

@@ -106,7 +106,7 @@ def what_follows(divergence: Tensor, lengths: Tensor) -> Tensor:
     Not the same as MiniLLM's training, which sums log-ratios of the tokens drawn where this sums whole divergences (the same mean, more
     noise), divides by the tokens that follow (another objective) and draws from a mixture of policy and teacher.
     """
-    num_prompts, num_draws = lengths.shape
+    num_draws = lengths.shape[1]
     lengths = lengths.to(divergence.device)
     here = torch.arange(int(lengths.max()), device=divergence.device) < lengths[..., None]
     padded = divergence.new_zeros(here.shape).masked_scatter(here, divergence.detach())

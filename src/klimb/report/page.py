@@ -127,6 +127,11 @@ class Figure:
     doubtful: bool
 
 
+APART = (
+    ("KL(target ‖ reference)", "forward", "a completion: what the target says and the reference seldom does"),
+    ("KL(reference ‖ target)", "reverse", "a completion: what the reference says and the target would not"),
+)
+"""of plan.json where the target is a policy -> label, name and meaning"""
 PARTS = {
     "distance": (
         ("Closed", "closed", "%", "of KL(target ‖ reference)"),
@@ -177,6 +182,10 @@ def figures_of(found: Found) -> list[Figure]:
             ("Reference reward", reference_reward(found), "", "before any training"),
             ("Best policy's reward", best.reward if best else None, "", "predicted, at the chosen beta"),
             ("Best policy's KL", best.kl if best else None, "nats", "predicted, to the reference"),
+            *(
+                (label, as_estimate((found.plan.get("apart") or {}).get(key)), "nats", said)
+                for label, key, said in APART
+            ),
         ]
     return [_figure(label, e, unit, said) for label, e, unit, said in found_here if e is not None]
 

@@ -102,6 +102,13 @@ def headline(found: Found) -> tuple[str, str]:
             f"The best policy{of_beta} would earn {both(best.reward)}; the reference earns {both(start)}.",
             f"It would spend {both(best.kl)} nats of KL. Nothing has been trained yet.",
         )
+    apart = as_estimate((found.plan.get("apart") or {}).get("forward"))
+    if apart is not None:
+        said = (found.plan.get("advice") or {}).get("words") or [""]
+        return (
+            f"KL(target‖reference) is {both(apart)} nats a completion; none of it has been learned yet.",
+            str(said[-1]),
+        )
     if start is not None:
         return f"The reference earns {both(start)}.", "Nothing has been trained yet."
     return "This run has only begun: nothing has been planned, trained or measured yet.", ""
