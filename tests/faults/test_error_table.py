@@ -31,6 +31,13 @@ JUDGED = {
         "misspelt": {"chsen": "good", "rejected": "bad"},
     }.items()
 }
+TAUGHT = {
+    **{"reward_funcs": [], "kl_budget": None, "num_replay": 0, "method": "distill"},
+    "target.context": "very good kind warm",
+}
+"""a run whose target is a policy"""
+TEACHER = {**{name: x for name, x in TAUGHT.items() if name != "target.context"}, "target.kind": "teacher"}
+
 # name, options that change, what is done to the files of the test's folder, words that the message must hold
 CASES = [
     ("misspelt option", {"learning_rat": 1}, None, ["--learning_rat", "did you mean '--learning_rate'"]),
@@ -318,6 +325,83 @@ CASES = [
         None,
         ["label_smoothing is about completions of data"],
     ),
+    ("divergence misspelt", {**TAUGHT, "divergence": "forwardkl"}, None, ["did you mean forward_kl"]),
+    ("beta of a law", {**TAUGHT, "beta": 0.5}, None, ["is a law already", "beta is 1"]),
+    ("reward of a law", {**TAUGHT, "reward_funcs": ["exact"]}, None, ["is a law already", "no reward_funcs"]),
+    ("replay of a lesson", {**TAUGHT, "num_replay": 4}, None, ["from nothing kept", "num_replay"]),
+    ("a lesson of no draws", {**TAUGHT, "num_generations": 0}, None, ["one or more"]),
+    ("a context of nothing", {**TAUGHT, "target.context": " "}, None, ["the context is empty"]),
+    ("two contexts", {**TAUGHT, "target.context_file": "nowhere.txt"}, None, ["expected one of context"]),
+    (
+        "a context that is not there",
+        {**TEACHER, "target.kind": "context", "target.context_file": "rewards.pi"},
+        None,
+        ["rewards.pi", "no such file", "did you mean 'rewards.py'"],
+    ),
+    ("a context past the model's", {**TAUGHT, "target.context": "good " * 70}, None, ["context of 64"]),
+    (
+        "an option of distill",
+        {**TAUGHT, "method": "reverse_kl", "top_k": 3},
+        None,
+        ["top_k is an option of method distill", "reverse_kl"],
+    ),
+    (
+        "its gradient elsewhere",
+        {**TAUGHT, "method": "reverse_kl", "sequence_gradient": True},
+        None,
+        ["sequence_gradient is an option of method distill"],
+    ),
+    (
+        "a penalty of a lesson",
+        {**TAUGHT, "kl_penalty": "k2_as_loss"},
+        None,
+        ["kl_penalty: distill does not read it"],
+    ),
+    (
+        "options of rewards for a lesson",
+        {**TAUGHT, "clip": 3, "eval_steps": 2},
+        None,
+        ["clip, eval_steps: distill does not read it"],
+    ),
+    ("a controller of a lesson", {**TAUGHT, "kl_target": 1}, None, ["kl_target: distill does not read it"]),
+    ("a plan of a lesson", {**TAUGHT, "plan": "nowhere"}, None, ["plan: distill does not read it"]),
+    (
+        "what follows a teacher's tokens",
+        {**TAUGHT, "sequence_gradient": True},
+        None,
+        ["got teacher_draws 1 and num_iterations 1, expected less than 1 and 1"],
+    ),
+    (
+        "what follows old tokens",
+        {**TAUGHT, "sequence_gradient": True, "teacher_draws": 0, "num_iterations": 2},
+        None,
+        ["got teacher_draws 0 and num_iterations 2"],
+    ),
+    (
+        "virtual tokens past the context",
+        {**TAUGHT, "family.kind": "prefix", "family.num_virtual_tokens": 60},
+        None,
+        ["context of 4 beside 60 virtual tokens"],
+    ),
+    ("a lesson from a tilt", {**TEACHER, "target.kind": "tilt"}, None, ["a target that is a policy"]),
+    ("no such teacher", {**TEACHER, "target.teacher": "./nowhere"}, None, ["./nowhere"]),
+    (
+        "a teacher of other words",
+        {**TEACHER},
+        "teacher_of_other_words",
+        [
+            "target.teacher",
+            "model: its tokenizer has other words than that of",
+            "tiny-model",
+            "same tokenizer",
+        ],
+    ),
+    (
+        "an adapter of a kind unknown",
+        {**TEACHER},
+        "teacher_unknown",
+        ["adapter", "got peft_type IA3", "expected a LoRA adapter"],
+    ),
     ("weights that do not fit", {"reward_weights": [1.0, 2.0]}, None, ["2 reward_weights", "1 reward_funcs"]),
 ]
 REWARDS = """
@@ -329,14 +413,27 @@ def same(completions, **columns): return [1.0 for _ in completions]
 """
 
 
+KEYS = {
+    "no_weights": "model_name_or_path",
+    "no_end": "model_name_or_path",
+    "other_words": "reference",
+    "teacher_of_other_words": "target.teacher",
+}
+"""a change to a copy of the model -> the option that names the copy"""
+
+
 def prepare(folder, settings, change):
     """Change the files of a run as a case asks."""
     with (folder / "rewards.py").open("a") as file:
         file.write(REWARDS)
-    if change in ("no_weights", "no_end", "other_words"):
+    if change == "teacher_unknown":
+        (folder / "model").mkdir()
+        (folder / "model/adapter_config.json").write_text('{"peft_type": "IA3"}')
+        settings["target.teacher"] = str(folder / "model")
+    elif isinstance(change, str) and change in KEYS:
         model = folder / "model"
         shutil.copytree(settings["model_name_or_path"], model)
-        settings["reference" if change == "other_words" else "model_name_or_path"] = str(model)
+        settings[KEYS[change]] = str(model)
     if change == "no_weights":
         (model / "model.safetensors").unlink()
     elif change == "no_end":
@@ -347,13 +444,13 @@ def prepare(folder, settings, change):
         ):
             values = json.loads((model / name).read_text())
             (model / name).write_text(json.dumps({**values, key: None}))
-    elif change == "other_words":
+    elif change in ("other_words", "teacher_of_other_words"):
         text = (model / "tokenizer.json").read_text()
         (model / "tokenizer.json").write_text(text.replace('"film"', '"movie"'))
     elif change == "long":
         rows = [{"prompt": "good " * 60, "split": s} for s in ("train", "test")]
         (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    elif change is not None:
+    elif isinstance(change, list) or change == "":
         (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, change)))
 
 
