@@ -243,19 +243,27 @@ def advice(found: Apart, *, holds: bool | None) -> Advice:
             "of both (a rule of thumb)."
         )
         return Advice("skew_kl(0.1)", 0.5, words)
+    if reverse_is_larger(found):
+        words.append("Choose forward_kl on draws of both (teacher_draws 0.5).")
+        return Advice("forward_kl", 0.5, words)
     words.append(
         "Choose forward_kl on the target's draws; they do not grow old, so num_iterations may be 2 or more."
     )
     return Advice("forward_kl", 1.0, words)
 
 
+def reverse_is_larger(found: Apart) -> bool:
+    """Whether KL(ref||p) is above KL(p||ref) beyond both intervals."""
+    return found.reverse.low > found.forward.high
+
+
 def _larger(found: Apart) -> str:
     if found.forward.low > found.reverse.high:
         return "The first is larger: the reference leaves out more of the target than it adds; learn from the target's draws."
-    if found.reverse.low > found.forward.high:
+    if reverse_is_larger(found):
         return (
-            "The second is larger: the reference adds more than it leaves out, and the target's own draws do not show what it adds; some of "
-            "the policy's own (teacher_draws 0.5) would."
+            "The second is larger: the reference adds more than it leaves out, and the target's draws do not show what it adds; the policy's "
+            "own do."
         )
     return "Neither is larger beyond doubt."
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -200,8 +201,24 @@ def test_objectives_of_draws_reach_a_context_too(taught):
     assert found["forward"]["value"] < found["forward_reference"]["value"]
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(taught, klimb):
-    status, _, err, run = taught("--save_steps", "4", "--max_steps", "8", verb="train")
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        (
+            "--family.kind",
+            "prefix",
+            "--divergence",
+            "reverse_kl",
+            "--teacher_draws",
+            "0.5",
+            "--sequence_gradient",
+            "true",
+        ),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_numbers(taught, klimb, words):
+    status, _, err, run = taught(*words, "--save_steps", "4", "--max_steps", "8", verb="train")
     assert (status, err) == (0, ""), err
     whole = read_jsonl(run / "metrics.jsonl")
     shutil.rmtree(run / "checkpoints" / "step-000008")
@@ -209,3 +226,22 @@ def test_a_killed_run_goes_on_to_the_same_numbers(taught, klimb):
     assert (status, err) == (0, ""), err
     again = read_jsonl(run / "metrics.jsonl")
     assert [step["objective_value"] for step in again] == [step["objective_value"] for step in whole]
+
+
+@pytest.mark.parametrize("kind", ["soft_prompt", "prefix"])
+def test_virtual_tokens_climb_a_reward(klimb, options, tiny_run, no_report, kind):
+    """Any method moves them, and the certificate compares them with the reference without."""
+    settings = {
+        **tiny_run,
+        "family.kind": kind,
+        "family.num_virtual_tokens": 3,
+        "family.init": "good kind warm",
+    }
+    status, _, err = klimb("climb", "-q", *options({**settings, "max_steps": 24, "learning_rate": 0.05}))
+    assert (status, err) == (0, ""), err
+    run = Path(settings["output_dir"])
+    found = read_json(run / "measure.json")
+    assert found["reward"]["value"] > found["reference"]["reward"]["value"]
+    status, out, err = klimb("measure", run, "--json")
+    assert (status, err) == (0, ""), err
+    assert json.loads(out)["reward"]["value"] == pytest.approx(found["reward"]["value"], abs=1e-6)

@@ -89,3 +89,23 @@ def roomy(tiny_model, folder):
     file = folder / "roomy/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 512}))
     return folder / "roomy"
+
+
+def test_the_example_of_a_teacher_climbs(
+    klimb, options, tiny_model, other_model, tmp_path, monkeypatch, no_report
+):
+    monkeypatch.chdir(ROOT)
+    small = {key: x for key, x in SMALL.items() if key not in ("family.layers", "replay_steps")}
+    settings = {
+        **small,
+        "model_name_or_path": tiny_model,
+        "output_dir": tmp_path / "run",
+        "target.teacher": other_model,
+        "family.layers": 1,
+    }
+    status, _, err = klimb("climb", "-q", "-c", "examples/distill.yaml", *options(settings))
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/measure.json").read_text())["distance"]
+    assert found["forward"]["value"] > 0
+    assert found["prompt_tokens"]["virtual"] == 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["method"] == "distill"

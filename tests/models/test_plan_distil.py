@@ -117,7 +117,9 @@ def test_advice_in_words():
     assert "512 trained numbers can hold the target cannot be told" in words
     assert "most a token is at tokens 2 to 4" in words
     assert "a quarter of the prompts has 75% of it" in words
-    assert "The second is larger" in " ".join(advice(apart(1.0, 3.0), holds=None).words)
+    second = advice(apart(1.0, 3.0), holds=None)
+    assert (second.divergence, second.teacher_draws) == ("forward_kl", 0.5)
+    assert "The second is larger" in " ".join(second.words)
     assert "Neither is larger beyond doubt" in " ".join(advice(apart(1.0, 1.1), holds=None).words)
     assert "The family holds the target" in " ".join(advice(apart(3.0, 1.0), holds=True).words)
     assert "would not hold" in " ".join(

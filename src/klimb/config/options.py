@@ -87,7 +87,7 @@ class SoftPrompt(BaseModel):
     num_virtual_tokens: Count = 16
     """how many"""
     init: str = "context"
-    """what they start as: the target's context, a text of your own, or random"""
+    """a text that they start as: the target's context, one of your own, or random; random too without a context"""
 
 
 class Prefix(BaseModel):
@@ -99,7 +99,7 @@ class Prefix(BaseModel):
     num_virtual_tokens: Count = 16
     """how many"""
     init: str = "context"
-    """a text whose keys and values they start as: the target's context, one of your own, or random tokens"""
+    """a text whose keys and values they start as: the target's context, one of your own, or random; random too without a context"""
 
 
 # written out, since the table itself needs torch; a test compares the two
