@@ -781,6 +781,9 @@ NOT_PROVIDED: Mapping[str, str] = MappingProxyType(
         "xpo": "is dpo less alpha KL(ref||pi), optimism that moves the minimum off the target, and needs each draw's partner from ref",
         "rejection_fine_tuning": "is sft on draws of the rejection sampler, and keeps the target; raft does not",
         "vmpo": "keeps the better half of a batch: ranks across prompts, which no tilt of a reward follows",
+        "gkd": "is distill with generalized_js(b); its lambda is 1 - teacher_draws",
+        "distillm": "is distill with skew_kl(0.1) or skew_reverse_kl(0.1)",
+        "minillm": "is distill with reverse_kl, teacher_draws 0 and sequence_gradient; over whole completions, reverse_kl",
         "k1_as_a_loss": "has an expected gradient of zero: it would train noise",
     }
 )
