@@ -18,6 +18,7 @@ from klimb.data import Draws, Example, Sampler, select
 from klimb.distil import Lesson, learned, tokens_apart
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate, ratio_estimate
+from klimb.numbers.tilt import draws_needed
 from klimb.numbers.weights import pareto_threshold, pooled_pareto_k
 from klimb.plan import Progress, silent
 from klimb.rewards.log_ratio import LogRatio
@@ -74,7 +75,7 @@ class Apart:
         places: where in a completion.
         prompts: the prompts, with KL(p||ref) and KL(ref||p) of each.
         pareto_k: tail of p/ref over the reference's draws.
-        tail_holds: whether weights p/ref on draws of the reference could be trusted.
+        tail_holds: whether weights p/ref, of which so many were seen, could be trusted.
         cost: of a step.
     """
 
@@ -129,7 +130,7 @@ def plan_distil(
         tokens += tokens_apart(side, [reference], teacher=teacher, f=f, progress=progress, what=what)
     sums = [side.sequence_sums(x) for side, x in zip(draws, tokens, strict=True)]
     log_w = LogRatio(teacher, reference).of_draws(first)
-    k = pooled_pareto_k(log_w)
+    k = pooled_pareto_k(log_w.reshape(1, -1))  # Z is 1: a prompt's weights need no mean of their few
     rates = [
         ratio_estimate(x, side.lengths, generator=generator) for side, x in zip(draws, sums, strict=True)
     ]
@@ -234,8 +235,12 @@ def advice(found: Apart, *, holds: bool | None) -> Advice:
         else f"Whether {found.cost.trained_numbers:,} trained numbers can hold the target cannot be told before training. If `closed` "
         "stops early on forward KL and single completions matter more than their variety, take reverse_kl with teacher_draws 0 and "
         "sequence_gradient.",
-        f"Weights target/reference on the reference's draws would {'' if found.tail_holds else 'not '}hold (Pareto k "
-        f"{found.pareto_k:.2f}): methods that weigh such draws are {'possible' if found.tail_holds else 'no choice'} here.",
+        f"Methods that weigh the reference's draws would need about {draws_needed(found.forward.value)} of them a prompt"
+        + (
+            "."
+            if found.tail_holds
+            else f", and the tail of their weights was too heavy to tell (Pareto k {found.pareto_k:.2f})."
+        ),
     ]
     if max(forward.value, reverse.value) > FAR:
         words.append(

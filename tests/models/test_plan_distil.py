@@ -91,6 +91,28 @@ def test_the_tail_and_the_cost(found_and_truth):
     assert slow.step(teacher_draws=0.25, num_iterations=3) == pytest.approx(0.25 * 5 + 0.75 * 1 + 6)
 
 
+def test_few_draws_a_prompt_hide_no_tail(seven_tokens):
+    """Weights over the mean of a prompt's two are at most two, whatever the tail; Z = 1 needs no such mean."""
+    teacher, reference = lora(*seven_tokens, r=4, alpha=8)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in teacher.trainable:
+            weight += 1.5 * torch.randn(weight.shape, generator=generator)
+    found = plan_distil(
+        EXAMPLES * 200,
+        teacher,
+        reference,
+        partial(ancestral, max_completion_length=2),
+        Lesson(replace(teacher, trainable=())),
+        num_draws=2,
+        step=(2, 8),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert found.forward.value > 2
+    assert found.pareto_k > 0.7
+    assert not found.tail_holds
+
+
 def apart(forward, reverse, tokens=10.0, width=0.1, **changes):
     def near(x):
         return Estimate(x, x - width, x + width, 64)
@@ -122,9 +144,9 @@ def test_advice_in_words():
     assert "The second is larger" in " ".join(second.words)
     assert "Neither is larger beyond doubt" in " ".join(advice(apart(1.0, 1.1), holds=None).words)
     assert "The family holds the target" in " ".join(advice(apart(3.0, 1.0), holds=True).words)
-    assert "would not hold" in " ".join(
-        advice(apart(3.0, 1.0, tail_holds=False, pareto_k=1.2), holds=None).words
-    )
+    assert "would need about 245 of them a prompt" in words
+    heavy = advice(apart(3.0, 1.0, tail_holds=False, pareto_k=1.2), holds=None).words
+    assert "too heavy to tell (Pareto k 1.20)" in " ".join(heavy)
 
 
 def test_far_apart_a_bounded_divergence_is_advised():
