@@ -22,7 +22,7 @@ TYPED = {  # what was typed, what is said of it
     "--max_steps -1": "command line: max_steps: got '-1', expected a number greater than or equal to 0",
     "--keep_fresh maybe": "command line: keep_fresh: got 'maybe', expected true or false",
     "--method grpoo": "command line: method: got 'grpoo': no such method (did you mean 'grpo'?); klimb methods lists them",
-    "--family.kind prefix": "command line: family.kind: got 'prefix', expected one of 'lora', 'full', 'soft_prompt'",
+    "--family.kind prefixes": "command line: family.kind: got 'prefixes', expected one of 'lora', 'full', 'soft_prompt', 'prefix'",
     "--family full": "command line: family: got 'full', expected fields of it, such as family.kind or family.r",
     "--target tilt": "command line: target: got 'tilt', expected fields of it, such as target.kind or target.bonus",
     "--target.kind forbid": "command line: target.kind: forbid is in Python only: klimb.target.forbid",

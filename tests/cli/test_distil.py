@@ -237,7 +237,7 @@ def test_virtual_tokens_climb_a_reward(klimb, options, tiny_run, no_report, kind
         "family.num_virtual_tokens": 3,
         "family.init": "good kind warm",
     }
-    status, _, err = klimb("climb", "-q", *options({**settings, "max_steps": 24, "learning_rate": 0.05}))
+    status, _, err = klimb("climb", "-q", *options({**settings, "max_steps": 24, "learning_rate": 0.2}))
     assert (status, err) == (0, ""), err
     run = Path(settings["output_dir"])
     found = read_json(run / "measure.json")

@@ -13,6 +13,7 @@ from klimb.models.families import lora
 from klimb.numbers.estimate import Estimate
 from klimb.numbers.weights import pooled_pareto_k
 from klimb.plan_distil import FAR, Apart, Cost, Place, advice, plan_distil
+from klimb.rewards.log_ratio import LogRatio
 from klimb.samplers.ancestral import ancestral
 
 EXAMPLES = [Example("a"), Example("ba")]
@@ -98,19 +99,26 @@ def test_few_draws_a_prompt_hide_no_tail(seven_tokens):
     with torch.no_grad():
         for weight in teacher.trainable:
             weight += 1.5 * torch.randn(weight.shape, generator=generator)
+    kept = []
+
+    def sampler(*arguments, **options):
+        kept.append(ancestral(*arguments, max_completion_length=2, **options))
+        return kept[-1]
+
     found = plan_distil(
         EXAMPLES * 200,
         teacher,
         reference,
-        partial(ancestral, max_completion_length=2),
+        sampler,
         Lesson(replace(teacher, trainable=())),
         num_draws=2,
         step=(2, 8),
         generator=torch.Generator().manual_seed(0),
     )
-    assert found.forward.value > 2
-    assert found.pareto_k > 0.7
-    assert not found.tail_holds
+    log_w = LogRatio(teacher, reference).of_draws(kept[1])
+    assert found.pareto_k == pytest.approx(pooled_pareto_k(log_w.reshape(1, -1)), abs=1e-6)
+    assert found.pareto_k > 0.5
+    assert pooled_pareto_k(log_w) < 0  # the mutant
 
 
 def apart(forward, reverse, tokens=10.0, width=0.1, **changes):

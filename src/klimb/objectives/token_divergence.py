@@ -97,7 +97,7 @@ def what_follows(divergence: Tensor, lengths: Tensor) -> Tensor:
 
     Example:
         >>> what_follows(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([[3, 1]]))
-        tensor([6., 4., 0., 0.])
+        tensor([ 6.,  4.,  0., -6.])
         >>> what_follows(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([[2, 2]]))
         tensor([-6.,  0.,  6.,  0.])
 
