@@ -233,11 +233,10 @@ def test_virtual_tokens_climb_a_reward(klimb, options, tiny_run, no_report, kind
     """Any method moves them, and the certificate compares them with the reference without."""
     settings = {
         **tiny_run,
-        "family.kind": kind,
-        "family.num_virtual_tokens": 3,
-        "family.init": "good kind warm",
+        **{"family.kind": kind, "family.num_virtual_tokens": 3, "family.init": "good kind warm"},
+        **{"num_generations": 8, "prompts_per_step": 8, "max_steps": 60, "learning_rate": 0.1},
     }
-    status, _, err = klimb("climb", "-q", *options({**settings, "max_steps": 24, "learning_rate": 0.2}))
+    status, _, err = klimb("climb", "-q", *options(settings))
     assert (status, err) == (0, ""), err
     run = Path(settings["output_dir"])
     found = read_json(run / "measure.json")
