@@ -2,6 +2,7 @@
 
     python benchmarks/step_vs_trl.py                  # needs: pip install trl==1.16.0
     python benchmarks/step_vs_trl.py --rounds 3 --steps 3
+    python benchmarks/step_vs_trl.py --long           # 4 prompts x 8 x 256, completions end where they end
 
 Both run SmolLM2-135M with LoRA r=16 on all linear layers, in the dtype that this processor multiplies fastest, with
 the sequence KL in the reward, gradient checkpointing off and no completion ended early, each in a process of its own,
@@ -22,6 +23,7 @@ import tempfile
 import time
 
 PROMPTS, GENERATIONS, TOKENS = 8, 8, 32
+LONG = {"PROMPTS": 4, "TOKENS": 256}
 SUBJECTS = [
     "a bakery",
     "a night train",
@@ -35,12 +37,16 @@ SUBJECTS = [
 
 
 def prompts():
+    """The first `PROMPTS` subjects; of long completions a story, most of which the limit cuts."""
+    long = TOKENS > 100
+    system, task = (
+        ("You write stories.", "Write a story about")
+        if long
+        else ("You write short reviews.", "Write a one-sentence review of")
+    )
     return [
-        [
-            {"role": "system", "content": "You write short reviews."},
-            {"role": "user", "content": f"Write a one-sentence review of {subject}."},
-        ]
-        for subject in SUBJECTS
+        [{"role": "system", "content": system}, {"role": "user", "content": f"{task} {subject}."}]
+        for subject in SUBJECTS[:PROMPTS]
     ]
 
 
@@ -64,8 +70,9 @@ def klimb_worker(steps, model_name, device):
 
     model, tokenizer = load_model(model_name, device=device)
     policy, reference = lora(model, tokenizer, r=16, alpha=32)
-    never = (model.config.vocab_size,)  # no completion ends early
-    policy = CausalPolicy(model, tokenizer, policy.activate, policy.trainable, end=never)
+    if not ends_early():
+        never = (model.config.vocab_size,)
+        policy = CausalPolicy(model, tokenizer, policy.activate, policy.trainable, end=never)
 
     def sampler(policy, examples, num_draws, *, generator):
         return ancestral(policy, examples, num_draws, generator=generator, max_completion_length=TOKENS)
@@ -85,10 +92,17 @@ def klimb_worker(steps, model_name, device):
         generator=torch.Generator().manual_seed(0),
         keep_fresh=False,
     ):
-        assert step.numbers["tokens"] == PROMPTS * GENERATIONS * TOKENS
+        tokens = step.numbers["tokens"]
+        assert ends_early() or tokens == PROMPTS * GENERATIONS * TOKENS
         s = step.seconds
         records.append(
-            {"sampling": s["draw"], "scoring": s["score"], "training": s["update"], "step": sum(s.values())}
+            {
+                "sampling": s["draw"],
+                "scoring": s["score"],
+                "training": s["update"],
+                "step": sum(s.values()),
+                "tokens": tokens,
+            }
         )
     return {"dtype": str(model.dtype), "records": records[1:]}
 
@@ -118,10 +132,10 @@ def trl_worker(steps, model_name, device, autocast):
     class Timed(RLOOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
             start = now()
-            try:
-                return super()._generate_single_turn(*args, **kwargs)
-            finally:
-                clock["sampling"] += now() - start
+            made = super()._generate_single_turn(*args, **kwargs)
+            clock["sampling"] += now() - start
+            tokens.append(sum(map(len, made[1])))
+            return made
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
             start = now()
@@ -136,17 +150,19 @@ def trl_worker(steps, model_name, device, autocast):
             result = super().training_step(*args, **kwargs)
             spent = {name: clock[name] - before[name] for name in clock}
             total = now() - start
-            records.append(spent | {"training": total - sum(spent.values()), "step": total})
+            records.append(
+                spent | {"training": total - sum(spent.values()), "step": total, "tokens": tokens[-1]}
+            )
             return result
 
-    records = []
+    records, tokens = [], []
     with tempfile.TemporaryDirectory() as folder:
         config = RLOOConfig(
             folder,
             per_device_train_batch_size=PROMPTS * GENERATIONS,
             num_generations=GENERATIONS,
             max_completion_length=TOKENS,
-            generation_kwargs={"min_new_tokens": TOKENS},
+            generation_kwargs={} if ends_early() else {"min_new_tokens": TOKENS},
             temperature=1.0,
             top_k=0,
             top_p=1.0,
@@ -171,6 +187,11 @@ def trl_worker(steps, model_name, device, autocast):
     return {"dtype": str(dtype), "records": records[1:]}
 
 
+def ends_early():
+    """Whether completions end where they end; both sides' lengths then differ, and seconds a token are compared."""
+    return TOKENS > 100
+
+
 def peak_memory(device):
     """GB of this process so far, or on a GPU of what torch has allocated there."""
     if device == "cpu":
@@ -183,7 +204,7 @@ def peak_memory(device):
 def run(name, steps, model_name, device):
     """One worker in a process of its own; its records, and its peak memory in GB."""
     command = [sys.executable, __file__, "--worker", name, "--steps", str(steps)]
-    command += ["--model", model_name, "--device", device]
+    command += ["--model", model_name, "--device", device, *(["--long"] if ends_early() else [])]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True
     )
@@ -199,7 +220,12 @@ def main():
     parser.add_argument("--worker", choices=["klimb", "trl", "trl-adapters-as-model"], help=argparse.SUPPRESS)
     parser.add_argument("--model", default="smollm2-135m", help="folder or id; its shape is what is timed")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--long", action="store_true", help="4 prompts x 8 x 256 tokens, ended where they end"
+    )
     options = parser.parse_args()
+    if options.long:
+        globals().update(LONG)
     if options.worker:
         work = (options.steps, options.model, options.device)
         found = (
@@ -229,20 +255,23 @@ def main():
         f"{PROMPTS} prompts x {GENERATIONS} generations x {TOKENS} tokens, median [min, max] of "
         f"{options.rounds} x {options.steps} steps, seconds\n"
     )
-    print("| | step | sampling | scoring | training | peak memory |\n|---|---|---|---|---|---|")
+    print("| | step | sampling | scoring | training | tokens | peak memory |\n|---|---|---|---|---|---|---|")
     for name, rounds in results.items():
         records = [record for found in rounds for record in found["records"]]
         cells = []
         for part in ("step", "sampling", "scoring", "training"):
             values = [record[part] for record in records]
             cells.append(f"{statistics.median(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
+        cells.append(f"{statistics.median(record['tokens'] for record in records):.0f}")
         print(f"| {name} | {' | '.join(cells)} | {statistics.median(f['peak_gb'] for f in rounds):.1f} GB |")
-    ours = statistics.median(r["step"] for f in results["klimb"] for r in f["records"])
+    ours = statistics.median(r["step"] / r["tokens"] for f in results["klimb"] for r in f["records"])
     memory = statistics.median(f["peak_gb"] for f in results["klimb"])
     for name in names[1:]:
-        theirs = statistics.median(r["step"] for f in results[name] for r in f["records"])
+        theirs = statistics.median(r["step"] / r["tokens"] for f in results[name] for r in f["records"])
         more = statistics.median(f["peak_gb"] for f in results[name])
-        print(f"\n{name} takes {theirs / ours:.2f} times as long and {more / memory:.2f} times the memory")
+        print(
+            f"\n{name} takes {theirs / ours:.2f} times as long a token and {more / memory:.2f} times the memory"
+        )
 
 
 if __name__ == "__main__":

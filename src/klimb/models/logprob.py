@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 128
+ROWS = 512
 """hidden states in one product, where all logits of a state are formed at once"""
 CPU_ROWS, CPU_VOCABULARY = 512, 1024
 """the same on a CPU, and the tokens of the vocabulary in one block: their logits take 2 MB"""

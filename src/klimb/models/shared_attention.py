@@ -90,9 +90,26 @@ def _block(rows: Sequence[Sequence[int]], start: int, device: torch.device | str
     return Block(index.to(device), None if whole else here.to(device), places, causal.to(device), None)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the backward pass wants of a block's forward pass, on its grid, in the dtype of the sums.
+
+    Attributes:
+        query: [P, K, G, T * H/K, w].
+        key: [P, K, G, T, w] of the row's own tokens.
+        value: likewise.
+        log_sum: [P, K, G, T * H/K, 1] log of the sum of the weights.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_sum: Tensor
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Seen]]:
     """Attention of every packed token.
 
     Args:
@@ -103,102 +120,75 @@ def attend(
         scale: what products of query and key are multiplied by.
 
     Returns:
-        [N, H, w] in the dtype of `query`, and of each block the log of the sum of weights, for `attend_backward`.
-        Sums are in float32 or wider.
+        [N, H, w] in the dtype of `query`, and of each block what `attend_backward` wants. Sums are in float32 or wider.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    heads = key.shape[1]
-    shared_key, shared_value = (_seen(x, layout.prompt, wide)[:, :, 0] for x in (key, value))
-    outs, log_sums = [], []
+    outs: list[Tensor] = []
+    seen: list[Seen] = []
     for block in layout.blocks:
-        q = _asked(query, block, heads, wide)
-        if block is layout.prompt:
-            own_key, own_value, shared = shared_key[:, :, None], shared_value[:, :, None], False
-        else:
-            own_key, own_value, shared = *(_seen(x, block, wide) for x in (key, value)), True
-        weights = _scores(q, own_key, block, scale)
+        q = _asked(query, block, key.shape[1], wide)
+        k, v = (_said(x, block, wide) for x in (key, value))
+        weights = _scores(q, k, block, scale)
         largest = weights.amax(-1, keepdim=True)
-        if shared:
-            before = _scores_of_prompt(q, shared_key, block, scale)
+        before = _scores_of_prompt(q, seen[0].key, block, scale) if seen else None
+        if before is not None:
             largest = torch.maximum(largest, before.amax(-1, keepdim=True))
-            before = before.sub_(largest).exp_()
         weights = weights.sub_(largest).exp_()
-        total, out = weights.sum(-1, keepdim=True), weights @ own_value
-        if shared:
+        total, out = weights.sum(-1, keepdim=True), weights @ v
+        if before is not None:
+            before = before.sub_(largest).exp_()
             total += before.sum(-1, keepdim=True)
-            out = out.add_((before.flatten(2, 3) @ shared_value).view_as(out))
-        outs.append(_packed(out.div_(total).to(query.dtype), block, query.shape[1]))
-        log_sums.append(largest + total.log_())
-    return torch.cat(outs), log_sums
+            out += (before.flatten(2, 3) @ seen[0].value[:, :, 0]).view_as(out)
+        outs.append(_packed(out.div_(total).to(query.dtype), block))
+        seen.append(Seen(q, k, v, total.log_().add_(largest)))
+    return torch.cat(outs), seen
 
 
 def attend_backward(
-    upstream: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    log_sums: Sequence[Tensor],
-    layout: Layout,
-    scale: float,
+    upstream: Tensor, out: Tensor, seen: Sequence[Seen], layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients [N, H, w], [N, K, w], [N, K, w] of query, key and value, in their dtype.
+    """The gradients [N, H, w], [N, K, w], [N, K, w] of query, key and value.
 
     Args:
         upstream: [N, H, w] the gradient of what `attend` gave.
-        query: as it went in.
-        key: likewise.
-        value: likewise.
-        out: what came out.
-        log_sums: likewise.
+        out: [N, H, w] what it gave.
+        seen: what it saw.
         layout: where the tokens lie.
         scale: as before.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    heads = key.shape[1]
-    shared_key, shared_value = (_seen(x, layout.prompt, wide)[:, :, 0] for x in (key, value))
+    prompt, dtype = seen[0], upstream.dtype
+    wide, heads = prompt.key.dtype, prompt.key.shape[1]
     common = (upstream.to(wide) * out).sum(-1, keepdim=True)
-    of_query: list[Tensor] = []
-    of_key: list[Tensor] = []
-    of_value: list[Tensor] = []
-    onto_prompt: list[tuple[Tensor, Tensor]] = []
-    for block, log_sum in zip(layout.blocks, log_sums, strict=True):
-        q, g, level = (_asked(x, block, heads, wide) for x in (query, upstream, common))
+    to_queries: list[Tensor] = []
+    to_keys: list[Tensor] = []
+    to_values: list[Tensor] = []
+    for block, own in zip(layout.blocks, seen, strict=True):
+        g, level = (_asked(x, block, heads, wide) for x in (upstream, common))
         if block.here is not None:  # what stands in a place without a token must not reach the keys
-            there = block.here.repeat_interleave(query.shape[1] // heads, 2)[:, None, ..., None]
+            there = block.here.repeat_interleave(out.shape[1] // heads, 2)[:, None, ..., None]
             g, level = g * there, level * there
-        if block is layout.prompt:
-            own_key, own_value, shared = shared_key[:, :, None], shared_value[:, :, None], False
-        else:
-            own_key, own_value, shared = *(_seen(x, block, wide) for x in (key, value)), True
-        weights = _scores(q, own_key, block, scale).sub_(log_sum).exp_()
-        to_value = weights.transpose(-2, -1) @ g
-        inner = (g @ own_value.transpose(-2, -1)).sub_(level).mul_(weights).mul_(scale)
-        to_query, to_key = inner @ own_key, inner.transpose(-2, -1) @ q
-        if shared:
-            weights = _scores_of_prompt(q, shared_key, block, scale).sub_(log_sum).exp_()
-            flat_q, flat_g, weights = q.flatten(2, 3), g.flatten(2, 3), weights.flatten(2, 3)
-            before = (
-                (flat_g @ shared_value.transpose(-2, -1)).sub_(level.flatten(2, 3)).mul_(weights).mul_(scale)
-            )
-            to_query = to_query.add_((before @ shared_key).view_as(to_query))
-            onto_prompt.append((before.transpose(-2, -1) @ flat_q, weights.transpose(-2, -1) @ flat_g))
-        of_query.append(_packed(to_query.to(query.dtype), block, query.shape[1]))
-        of_key.append(to_key)
-        of_value.append(to_value)
-    for to_key, to_value in onto_prompt:
-        of_key[0] += to_key[:, :, None]
-        of_value[0] += to_value[:, :, None]
-    sides = [
-        torch.cat(
-            [_packed(x.to(key.dtype), block, heads) for x, block in zip(of, layout.blocks, strict=True)]
-        )
-        for of in (of_key, of_value)
-    ]
-    return torch.cat(of_query), sides[0], sides[1]
+        weights = _scores(own.query, own.key, block, scale).sub_(own.log_sum).exp_()
+        to_values.append(weights.transpose(-2, -1) @ g)
+        inner = (g @ own.value.transpose(-2, -1)).sub_(level).mul_(weights).mul_(scale)
+        to_query = inner @ own.key
+        to_keys.append(inner.transpose(-2, -1) @ own.query)
+        if own is not prompt:
+            key, value = prompt.key[:, :, 0], prompt.value[:, :, 0]
+            weights = _scores_of_prompt(own.query, prompt.key, block, scale).sub_(own.log_sum).exp_()
+            g, weights, level, query = (x.flatten(2, 3) for x in (g, weights, level, own.query))
+            inner = (g @ value.transpose(-2, -1)).sub_(level).mul_(weights).mul_(scale)
+            to_query += (inner @ key).view_as(to_query)
+            to_keys[0][:, :, 0] += inner.transpose(-2, -1) @ query
+            to_values[0][:, :, 0] += weights.transpose(-2, -1) @ g
+        to_queries.append(to_query)
+    query, key, value = (
+        torch.cat([_packed(x.to(dtype), block) for x, block in zip(found, layout.blocks, strict=True)])
+        for found in (to_queries, to_keys, to_values)
+    )
+    return query, key, value
 
 
-def _seen(x: Tensor, block: Block, wide: torch.dtype) -> Tensor:
+def _said(x: Tensor, block: Block, wide: torch.dtype) -> Tensor:
     """[N, K, w] -> [P, K, G, T, w]."""
     return x[block.index].permute(0, 3, 1, 2, 4).to(wide, memory_format=torch.contiguous_format)
 
@@ -209,24 +199,21 @@ def _asked(x: Tensor, block: Block, heads: int, wide: torch.dtype) -> Tensor:
     return grid.permute(0, 3, 1, 2, 4, 5).to(wide, memory_format=torch.contiguous_format).flatten(3, 4)
 
 
-def _packed(x: Tensor, block: Block, heads: int) -> Tensor:
+def _packed(x: Tensor, block: Block) -> Tensor:
     """[P, K, G, T * H/K, w] -> [n, H, w], only the places that hold a token."""
-    prompts, groups, width, _ = *block.index.shape, None
-    grid = x.unflatten(3, (width, -1)).permute(0, 2, 3, 1, 4, 5).reshape(prompts * groups * width, heads, -1)
+    grid = x.unflatten(3, (block.index.shape[2], -1)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(0, 2)
     return grid if block.places is None else grid[block.places]
 
 
 def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
     """[P, K, G, T * H/K, T] over the row's own tokens."""
     score = torch.matmul(query, key.transpose(-2, -1)).mul_(scale)
-    shape = score.shape
-    width = key.shape[-2]
-    score.unflatten(3, (width, -1)).add_(block.causal[:, None])
-    return score.view(shape)
+    score.unflatten(3, (key.shape[-2], -1)).add_(block.causal[:, None])
+    return score
 
 
 def _scores_of_prompt(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
     """[P, K, G, T * H/K, L] over the prompt's tokens."""
-    score = torch.matmul(query.flatten(2, 3), key.transpose(-2, -1)).mul_(scale)
+    score = torch.matmul(query.flatten(2, 3), key[:, :, 0].transpose(-2, -1)).mul_(scale)
     score = score.view(*query.shape[:-1], key.shape[-2])
     return score if block.unseen is None else score.add_(block.unseen)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from klimb.models.low_rank import base_of
 from klimb.models.products import Gradients, Product, side_by_side
-from klimb.models.shared_attention import Layout, attend, attend_backward
+from klimb.models.shared_attention import Layout, Seen, attend, attend_backward
 
 KINDS = {"llama", "mistral", "qwen2"}
 LONGEST = 2048
@@ -145,13 +145,10 @@ class _Seen:
 
     x: Tensor
     """[N, D] what went in"""
-    turned: Tensor
-    """[N, H + K, w] queries and keys at their angles"""
-    value: Tensor
-    """[N, K, w]"""
     out: Tensor
     """[N, H, w] of attention"""
-    log_sums: list[Tensor]
+    attended: list[Seen]
+    """what attention wants of itself"""
     middle: Tensor
     """[N, D] after attention"""
     gate_up: Tensor
@@ -165,15 +162,18 @@ def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
     heads = heads.unflatten(1, (-1, place.cos.shape[-1]))
     turned = heads[:, : -place.kv_heads]
     turned = (turned * place.cos).add_(_half_turned(turned).mul_(place.sin))
-    value = heads[:, -place.kv_heads :].contiguous()
-    query, key = turned[:, : -place.kv_heads], turned[:, -place.kv_heads :]
-    out, log_sums = attend(query, key, value, place.layout, place.scale)
+    query, key, value = (
+        turned[:, : -place.kv_heads],
+        turned[:, -place.kv_heads :],
+        heads[:, -place.kv_heads :],
+    )
+    out, attended = attend(query, key, value, place.layout, place.scale)
     y, n_output = layer.output.forward(out.flatten(1))
     middle = x + y
     gate_up, n_gate_up = layer.gate_up.forward(_norm(layer.mlp_norm, middle)[0])
     gate, up = gate_up.chunk(2, 1)
     y, n_down = layer.down.forward(nn.functional.silu(gate).mul_(up))
-    seen = _Seen(x, turned, value, out, log_sums, middle, gate_up, (n_qkv, n_output, n_gate_up, n_down))
+    seen = _Seen(x, out, attended, middle, gate_up, (n_qkv, n_output, n_gate_up, n_down))
     return middle + y, seen
 
 
@@ -192,9 +192,8 @@ def _backward(
     g_read = layer.gate_up.backward(g_gate_up, read, n_gate_up, found)
     g = g + _norm_backward(layer.mlp_norm, g_read, seen.middle, size, found)
     g_out = layer.output.backward(g, seen.out.flatten(1), n_output, found)
-    query, key = seen.turned[:, : -place.kv_heads], seen.turned[:, -place.kv_heads :]
     to_query, to_key, to_value = attend_backward(
-        g_out.view_as(seen.out), query, key, seen.value, seen.out, seen.log_sums, place.layout, place.scale
+        g_out.view_as(seen.out), seen.out, seen.attended, place.layout, place.scale
     )
     turned = torch.cat([to_query, to_key], 1)
     turned_back = (turned * place.cos).add_(_half_turned_back(turned * place.sin))
