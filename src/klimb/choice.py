@@ -66,8 +66,10 @@ def chosen(config: Config) -> Choice:
         >>> chosen(load(None, words)).fresh_only
         True
     """
-    if config.method == "distill":
-        raise ValueError("distill has no objective of draws; see klimb.distil")
+    if config.method in ("distill", "reward_model"):
+        raise ValueError(
+            f"{config.method} has no objective of draws; see klimb.distil and klimb.reward_model"
+        )
     row = method(config.method)
     assert row.objective is not None, config.method
     for message in refusals(config, row):

@@ -103,6 +103,7 @@ def plan_train_climb_(
         raise typer.Exit(130)
     record: dict[str, Any] = {
         "run": str(outcome.path),
+        "product": settings.product,
         "beta": outcome.beta,
         "step": outcome.step,
         "plan": outcome.plan,
@@ -123,7 +124,7 @@ def measure_(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Certify how far a policy is from the best: klimb measure RUN, or -c FILE --policy FOLDER."""
+    """Certify how far a policy is from the best (or audit a reward model): klimb measure RUN, or -c FILE --policy FOLDER."""
     path, settings = _run_or_config(ctx.args, config)
     if dry_run:
         return _print_config(settings)
@@ -131,7 +132,7 @@ def measure_(
         raise ValueError("measure: give the directory of a run, or -c FILE with --policy FOLDER")
     from klimb import screen
 
-    folder = policy if policy is not None or path is None else path / "policy"
+    folder = policy if policy is not None or path is None else path / settings.product
     _quieten()
     with screen.watching(_console(json_), quiet=quiet or json_) as watch:
         from klimb.run import report, run_measure

@@ -96,6 +96,10 @@ def _read(path: Path, measured: Mapping[str, Any] | None) -> Run:
         raise ValueError(
             f"{path / 'config.yaml'}: got a {type(config).__name__}, expected names and values; is it a run of klimb?"
         )
+    if config.get("method") == "reward_model":
+        raise ValueError(
+            f"{path}: holds a reward model, and a diagnosis is of a policy; klimb measure {path} audits the reward"
+        )
 
     def mapping(name: str) -> Mapping[str, Any]:
         value = store.read_json(path / name) if (path / name).is_file() else {}
@@ -184,7 +188,7 @@ def audited(
         found = [score(judge, pool.draws).total.double() for pool in (policy, reference)]
     else:
         weights = config.get("reward_weights") or ()
-        names = list(policy.parts)
+        names = [name for name in policy.parts if "/" not in name]  # not an ensemble's members
         unseen = [n for n, weight in zip(names, weights, strict=False) if weight == 0]
         if len(names) != len(weights) or not unseen or unseen[0] not in reference.parts:
             return None

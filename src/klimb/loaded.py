@@ -188,7 +188,7 @@ def _named_teacher(name: str, config: Config) -> CausalPolicy:
     kind, size = adapter_kind(os.path.expanduser(name)), config.max_chunk_tokens
     beside = name if kind is None else config.model_name_or_path
     revision = "main" if kind is None else config.model_revision
-    model, words = load_model(beside, revision=revision, **_options(config))
+    model, words = load_model(beside, revision=revision, **options_of(config))
     plain = CausalPolicy(model, words, max_chunk_tokens=size)
     if kind is None:
         return plain
@@ -207,7 +207,7 @@ def _named_teacher(name: str, config: Config) -> CausalPolicy:
     return replace(teacher, trainable=())
 
 
-def _options(config: Config) -> dict[str, Any]:
+def options_of(config: Config) -> dict[str, Any]:
     """How models are loaded."""
     return {
         "dtype": None if config.dtype is None else DTYPES[config.dtype],
@@ -237,7 +237,7 @@ def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
 def _policies(
     config: Config, policy_folder: str | Path | None, context: str | None
 ) -> tuple[CausalPolicy, CausalPolicy]:
-    options = _options(config)
+    options = options_of(config)
     size = config.max_chunk_tokens
     model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
     start = config.family.start if isinstance(config.family, Lora) else None

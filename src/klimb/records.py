@@ -18,6 +18,7 @@ from klimb.numbers.frontier import FrontierPoint
 from klimb.numbers.ordering import agreement
 from klimb.plan import Plan
 from klimb.plan_distil import Advice, Apart
+from klimb.reward_model import Audit, findings
 from klimb.steps import Step
 
 
@@ -240,4 +241,27 @@ def apart_record(found: Apart, said: Advice, *, holds: bool | None, config: Conf
             "teacher_draws": said.teacher_draws,
             "words": list(said.words),
         },
+    }
+
+
+def audit_record(found: Audit) -> dict[str, Any]:
+    """What measure.json holds of a reward model."""
+    estimates = {name: x.as_dict() for name, x in vars(found).items() if isinstance(x, Estimate)}
+    mean, most = found.calibrated
+    said = [warning for x in vars(found).values() if isinstance(x, Estimate) for warning in x.warnings]
+    return {
+        "beta": found.beta,
+        "reward_model": estimates,
+        "calibrated": {"mean": mean, "most": most},
+        "tail_threshold": _known(found.tail_threshold),
+        "trusted_beta": found.trusted_beta,
+        "reliability": [{"confidence": b.confidence, "accuracy": b.accuracy.as_dict()} for b in found.bins],
+        "rescored": {
+            how: {"spread": r.spread.as_dict(), "flipped": r.flipped, "log_z": r.log_z}
+            for how, r in found.rescored.items()
+        },
+        "scores": found.scores,
+        "findings": findings(found),
+        "warnings": list(dict.fromkeys(said)),
+        "num_rows": found.num_rows,
     }

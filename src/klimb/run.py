@@ -32,6 +32,7 @@ from klimb.numbers.tilt import draws_needed
 from klimb.offline import judged_pool, orders
 from klimb.planning import planned, replanned
 from klimb.records import diagnosis_record, distance_record, measure_record, unrewarded_record
+from klimb.reward_run import learned_reward, measured_reward
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -127,6 +128,8 @@ def run_measure(
     Raises:
         ValueError: no such policy, or no beta (a kl_budget is solved by a plan first).
     """
+    if config.method == "reward_model":
+        return measured_reward(config, Path(policy_folder), output_dir, watch=watch)
     if config.beta is None:
         raise ValueError(
             "measure: the beta of a kl_budget or reward_goal is found by a plan; give the directory of a run that "
@@ -184,6 +187,10 @@ def run_sample(
     Raises:
         ValueError: an unknown method, or rejection without bound or beta.
     """
+    if config.method == "reward_model":
+        raise ValueError(
+            "sample: a reward model draws nothing; name its folder in reward_funcs of another run"
+        )
     if method not in ("ancestral", "best_of", "rejection"):
         raise ValueError(f"sample: got method {method!r}, expected ancestral, best_of or rejection")
     if method == "rejection" and (bound is None or config.beta is None):
@@ -254,6 +261,13 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
     path = Path(config.output_dir)
     if not resume:
         store.check_free(path)
+    if config.method == "reward_model":
+        done, found = learned_reward(config, verbs, resume=resume, watch=watch, profile=profile)
+        halted = done.stopped and (done.state.step < config.max_steps or "measure" in verbs)
+        outcome = Outcome(
+            path, config.beta, None, found, done.state.step, profile=done.profile, interrupted=halted
+        )
+        return outcome if halted else replace(outcome, report=report(path, watch=watch))
     if (
         config.kl_budget is not None
         and config.plan is None

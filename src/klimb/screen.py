@@ -18,6 +18,7 @@ from rich.text import Text
 
 from klimb.screen_diagnose import verdict_rows
 from klimb.screen_profile import profile
+from klimb.screen_reward import reward_model
 from klimb.watch import Watch
 
 EVERY = 5.0
@@ -230,6 +231,9 @@ def _aim(table: Any, target: Mapping[str, Any]) -> None:
 
 def _measured(found: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> RenderableType:
     table = _grid()
+    if "reward_model" in found:
+        reward_model(table, found)
+        return table
     _aim(table, found["target"])
     if "distance" in found:
         _distance(table, found["distance"])
@@ -294,7 +298,8 @@ def _compared(table: Any, found: Mapping[str, Any]) -> None:
 def _places(record: Mapping[str, Any]) -> list[RenderableType]:
     table = _grid()
     if record["step"]:
-        table.add_row("policy", Text(f"{record['run']}/policy"))
+        product = record.get("product", "policy")
+        table.add_row(product.replace("_", " "), Text(f"{record['run']}/{product}"))
     table.add_row("report", Text(record["report"] or "none: pip install 'klimb[report]'"))
     return [table]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from klimb import store
 from klimb.aim import aimed_at
@@ -78,9 +79,9 @@ def trained(
     """
     config = loaded.config
     target = aimed_at(config.target, loaded.reference, loaded.reward, beta)
-    moving = _moving(loaded)
+    moving = moved_by(config, list(loaded.policy.parameters()), _critic(loaded))
     state, examples = _first(loaded, pool, target)
-    state = _taken_up(path, state, moving, resume, watch)
+    state = taken_up(path, state, moving, resume, watch)
     if config.method == "distill":
         steps = _taught(loaded, moving, state, examples)
     else:
@@ -91,11 +92,34 @@ def trained(
     if profile:
         which = steps_to_look_at(state.step, config.max_steps, replay_steps=config.replay_steps)
         steps = looked_at(steps, which, seen, first=state.step, device=loaded.policy.device)
-    watch.event("train", {"step": state.step, "max_steps": config.max_steps})
     evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
+    state, stopped = carried_out(
+        steps, config, path, moving, state, hashes=loaded.hashes, evaluate=evaluate, watch=watch
+    )
+    if stopped and state.step < config.max_steps:
+        return Trained(state, stopped=True, profile=_profiled(seen, path, loaded, moving))
+    write_out(moving.result, moving.parameters)  # from here on the policy is what was averaged
+    store.write_directory_whole(path / "policy", partial(save_policy, loaded.policy))
+    stopped = stopped or watch.stop()
+    watch.event("trained", {"step": state.step})
+    return Trained(state, stopped, _profiled(seen, path, loaded, moving))
+
+
+def carried_out(
+    steps: Iterator[Step],
+    config: Config,
+    path: Path,
+    moving: Moving,
+    state: TrainState,
+    *,
+    hashes: Mapping[str, str],
+    evaluate: Callable[[int], dict[str, Any]],
+    watch: Watch,
+) -> tuple[TrainState, bool]:
+    """Take steps of any kind, each written down, with checkpoints between them; where they came to, and whether they were to stop."""
+    watch.event("train", {"step": state.step, "max_steps": config.max_steps})
     rewards: set[float] = set()
     told: set[str] = set()
-    stopped = False
     for step in steps:
         state = step.state
         if moving.average:
@@ -107,7 +131,7 @@ def trained(
         if config.eval_steps is not None and step.step % config.eval_steps == 0:
             with speaking_as(moving.result, moving.optimizer, moving.parameters):
                 record["evaluation"] = evaluate(step.step)
-        _write_down(step, record, path, loaded.hashes)
+        _write_down(step, record, path, hashes)
         for about, warning in step.warnings.items():
             if about not in told:
                 watch.event("warning", warning)
@@ -119,13 +143,9 @@ def trained(
                 path / "checkpoints", step.step, *saved(state, moving), keep=config.save_total_limit
             )
             watch.event("checkpoint", {"step": step.step})
-        if stopped and step.step < config.max_steps:
-            return Trained(state, stopped=True, profile=_profiled(seen, path, loaded, moving))
-    write_out(moving.result, moving.parameters)  # from here on the policy is what was averaged
-    store.write_directory_whole(path / "policy", partial(save_policy, loaded.policy))
-    stopped = stopped or watch.stop()
-    watch.event("trained", {"step": state.step})
-    return Trained(state, stopped, _profiled(seen, path, loaded, moving))
+        if stopped:
+            return state, True
+    return state, False
 
 
 def _taught(loaded: Loaded, moving: Moving, state: TrainState, examples: list[Example]) -> Iterator[Step]:
@@ -213,18 +233,16 @@ def _profiled(seen: Seen, path: Path, loaded: Loaded, moving: Moving) -> dict[st
     return write_profile(path, seen, memory_used(weights, moving.optimizer))
 
 
-def _moving(loaded: Loaded) -> Moving:
+def moved_by(config: Config, parameters: list[Tensor], critic: Critic | None = None) -> Moving:
     """Optimizer, schedule, generator and average as they are before the first step."""
-    config, parameters = loaded.config, list(loaded.policy.parameters())
     optimizer = adamw(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
-    critic, critic_optimizer = None, None
-    if config.method != "distill" and chosen(config).has_critic:
-        critic = Critic(loaded.policy.model.config.get_text_config().hidden_size)
+    critic_optimizer = None
+    if critic is not None:
         critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.value_learning_rate)
     return Moving(
         parameters,
@@ -235,6 +253,13 @@ def _moving(loaded: Loaded) -> Moving:
         critic,
         critic_optimizer,
     )
+
+
+def _critic(loaded: Loaded) -> Critic | None:
+    """What learns the returns, where the method has such a thing."""
+    if loaded.config.method == "distill" or not chosen(loaded.config).has_critic:
+        return None
+    return Critic(loaded.policy.model.config.get_text_config().hidden_size)
 
 
 def _first(loaded: Loaded, pool: Pool | None, target: Target) -> tuple[TrainState, list[Example]]:
@@ -251,7 +276,7 @@ def _first(loaded: Loaded, pool: Pool | None, target: Target) -> tuple[TrainStat
     return TrainState(replay=replay, log_z=None if own is None else own(pool, examples, target)), examples
 
 
-def _taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch) -> TrainState:
+def taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch) -> TrainState:
     """The newest checkpoint, or `state` where there is none; what came after it is removed."""
     if resume and store.list_checkpoints(path / "checkpoints"):
         checkpoint = store.load_latest_checkpoint(path / "checkpoints")

@@ -86,3 +86,24 @@ def test_an_example_with_a_policy_for_its_target_climbs(
     assert found["forward"]["value"] > 0
     assert found["prompt_tokens"]["virtual"] == (4 if name == "compress_prompt" else 0)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["method"] == "distill"
+
+
+def test_a_reward_is_learned_from_the_examples_pairs(klimb, options, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    small = {
+        "model_name_or_path": str(tiny_model),
+        "dtype": "float32",
+        "device": "cpu",
+        "family.layers": None,
+        "prompts_per_step": 4,
+        "max_steps": 3,
+        "output_dir": str(tmp_path / "run"),
+    }
+    status, _, err = klimb("climb", "-q", "-c", "examples/reward_model.yaml", *options(small))
+    assert status == 0, err
+    found = json.loads((tmp_path / "run/measure.json").read_text())
+    assert found["reward_model"]["accuracy"]["n"] == 127
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Can the reward be believed?" in page
+    assert 'id="chart-reliability"' in page
+    assert 'id="chart-scores"' in page

@@ -373,11 +373,11 @@ def running(make_run, options, tmp_path_factory, request):
 def test_a_running_log_z_is_taken_up_where_it_was(running, tmp_path, monkeypatch, forgets):
     never = run_train(at(running, tmp_path / "never")).path
     stopped_after(2, at(running, tmp_path / "run"))
-    real = training._taken_up
+    real = training.taken_up
     if forgets:  # and begins again with the plan's
         monkeypatch.setattr(
             training,
-            "_taken_up",
+            "taken_up",
             lambda path, state, *rest: replace(real(path, state, *rest), log_z=state.log_z),
         )
     run_train(at(running, tmp_path / "run"), resume=True)
@@ -388,3 +388,44 @@ def test_a_running_log_z_is_taken_up_where_it_was(running, tmp_path, monkeypatch
     assert all(record["log_z_change"] != 0 for record in records)
     for earlier, later in pairwise(records):  # all four prompts are in every step
         assert abs(earlier["log_z"] + earlier["log_z_change"] - later["log_z"]) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def rewarding(tiny_model, options, tmp_path_factory):
+    """A reward model: average, warm-up, and passes over the pairs in orders of their own."""
+    folder = tmp_path_factory.mktemp("rewarding")
+    words = [(" good film", " bad"), (" warm room", " cold room"), (" great", " poor meal")] * 7
+    rows = [{"prompt": f"write {i}", "chosen": a, "rejected": b} for i, (a, b) in enumerate(words)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {
+        "model_name_or_path": str(tiny_model),
+        "dtype": "float32",
+        "device": "cpu",
+        "dataset_name": str(folder / "pairs.jsonl"),
+        "dataset_test_split": None,
+        "learn_from": "data",
+        "method": "reward_model",
+        "prompts_per_step": 3,
+        "max_steps": 8,
+        "save_steps": 3,
+        "warmup_steps": 2,
+        "ema_decay": 0.5,
+        "learning_rate": 0.01,
+        "output_dir": str(folder / "run"),
+    }
+    return load(None, options(changes))
+
+
+@pytest.mark.parametrize("forgets", [None, *sorted(set(FORGETS) - {"replay"})])
+def test_a_reward_model_resumes(rewarding, tmp_path, monkeypatch, forgets):
+    never = climb(at(rewarding, tmp_path / "never")).path
+    stopped_after(4, at(rewarding, tmp_path / "run"))
+    assert not (tmp_path / "run/reward_model").exists()
+    if forgets:
+        misremember(monkeypatch, FORGETS[forgets])
+    climb(at(rewarding, tmp_path / "run"), resume=True)
+    weights = [(run / "reward_model/model.safetensors").read_bytes() for run in (tmp_path / "run", never)]
+    measured = [json.loads((run / "measure.json").read_text()) for run in (tmp_path / "run", never)]
+    same = weights[0] == weights[1] and steps_of(tmp_path / "run") == steps_of(never)
+    assert same == (forgets is None)
+    assert (measured[0] == measured[1]) == (forgets is None)

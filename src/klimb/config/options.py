@@ -171,6 +171,46 @@ UNTRAINED = {
 }
 
 
+OF_A_REWARD_MODEL = frozenset(
+    [
+        "model_name_or_path",
+        "model_revision",
+        "dtype",
+        "device",
+        "trust_remote_code",
+        "family",
+        "dataset_name",
+        "dataset_train_split",
+        "dataset_test_split",
+        "prompt_column",
+        "max_prompts",
+        "learn_from",
+        "judge",
+        "label_smoothing",
+        "center_rewards_coefficient",
+        "beta",
+        "method",
+        "prompts_per_step",
+        "max_steps",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "max_grad_norm",
+        "ema_decay",
+        "output_dir",
+        "save_steps",
+        "save_total_limit",
+        "report_to",
+        "seed",
+        "max_chunk_tokens",
+    ]
+)
+"""options that method reward_model looks at; its beta is where the tail of the learned reward is looked at"""
+
+
 class PlainTilt(BaseModel):
     """The reference tilted by the reward: ref exp(reward / beta)."""
 
@@ -279,10 +319,12 @@ class Config(BaseModel):
 
     learn_from: Literal["draws", "data"] = "draws"
     """completions that are drawn and rewarded, or those of dataset_name: chosen and rejected, labelled, ranked, or alone"""
-    judge: Literal["labels", "scores"] = "labels"
-    """of two completions of data: who won, or the chance that the difference of their scores gives"""
+    judge: Literal["labels", "scores", "margins"] = "labels"
+    """of two completions of data: who won, the chance that the difference of their scores gives, or (reward_model) who won and by how much at least"""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """chance that a label of dpo or wpo is wrong"""
+    """chance that a label of dpo, wpo or reward_model is wrong"""
+    center_rewards_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """of reward_model: price of scores whose mean over a prompt's completions is not zero"""
 
     reward_funcs: list[str | dict[str, Any]] = []
     """a built-in reward, file.py:function, package.module:function, or a sequence-classification model, also with options as {func: NAME, ...}; one or several, none only with learn_from data"""
@@ -306,7 +348,7 @@ class Config(BaseModel):
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
 
     method: str = "log_variance"
-    """the objective; klimb methods lists them; distill for a target that is a policy, token by token"""
+    """the objective; klimb methods lists them; distill for a target that is a policy, token by token; reward_model learns a reward from comparisons"""
     divergence: str = "forward_kl"
     """of distill, over the whole vocabulary: forward_kl, reverse_kl, jensen_shannon, skew_kl(0.1), ..."""
     teacher_draws: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -466,7 +508,7 @@ class Config(BaseModel):
     @field_validator("method")
     @classmethod
     def _method_is_known(cls, method: str) -> str:
-        if method == "distill":
+        if method in ("distill", "reward_model"):
             return method
         if method in UNTRAINED:
             raise ValueError(UNTRAINED[method])
@@ -498,6 +540,12 @@ class Config(BaseModel):
                 f"method filtered keeps what reaches a threshold of the plain reward, which target.kind "
                 f"{self.target.kind} is not about; use raft or log_variance, or target.kind tilt"
             )
+        if self.method == "reward_model":
+            self._learns_a_reward()
+            return self
+        if self.center_rewards_coefficient or self.judge == "margins":
+            asked = "judge margins" if self.judge == "margins" else "center_rewards_coefficient"
+            raise ValueError(f"{asked} is of method reward_model, got {self.method}; leave it out")
         self._controls_kl()
         if self.learn_from == "data":
             self._learns_from_data()
@@ -599,6 +647,35 @@ class Config(BaseModel):
             raise ValueError(f"learn_from data: got target.kind {self.target.kind}, expected tilt")
         self._weighs_rewards()
 
+    def _learns_a_reward(self) -> None:
+        """Refuse what has no part in learning a reward from comparisons."""
+        if self.learn_from != "data":
+            raise ValueError(
+                "reward_model learns from completions that somebody compared, got learn_from draws; use learn_from data with chosen "
+                "and rejected, or with completions and scores"
+            )
+        idle = [
+            name
+            for name in type(self).model_fields
+            if name not in OF_A_REWARD_MODEL
+            and (getattr(self, name) if name in DRAWN else name in self.touched(name))
+        ]
+        if idle:
+            raise ValueError(
+                f"reward_model has no use for {', '.join(idle)}: it draws nothing and reads whole completions; leave "
+                f"{'it' if len(idle) == 1 else 'them'} out"
+            )
+        start = self.family.start if isinstance(self.family, Lora) else None
+        if not isinstance(self.family, Lora | Full) or start is not None:
+            raise ValueError(
+                "reward_model: expected family lora without start, or full; to go on from a reward model name its folder as "
+                "model_name_or_path"
+            )
+        if self.judge == "scores" and self.label_smoothing:
+            raise ValueError(
+                "label_smoothing is of labels that may be wrong, got judge scores, which are chances already; leave it out"
+            )
+
     def _controls_kl(self) -> None:
         """Refuse a KL controller that could not work."""
         if self.kl_target is None:
@@ -625,6 +702,11 @@ class Config(BaseModel):
     def touched(self, *names: str) -> list[str]:
         """Those of the options that are not what they are unless said."""
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+    @property
+    def product(self) -> str:
+        """The folder of a run that holds what was trained."""
+        return "reward_model" if self.method == "reward_model" else "policy"
 
     @property
     def needs_plan(self) -> bool:

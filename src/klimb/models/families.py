@@ -89,13 +89,13 @@ def lora(
             target_modules=target_modules if layers is None else last_layers(model, target_modules, layers),
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng(devices=[]), _quietly():  # peft draws A from the global generator
+        with torch.random.fork_rng(devices=[]), quietly():  # peft draws A from the global generator
             torch.manual_seed(seed)
             wrapped = get_peft_model(model, config, adapter_name="policy", autocast_adapter_dtype=False)
         speaks_as_reference = None
     else:
         _check_adapter(Path(start))
-        with _quietly():
+        with quietly():
             wrapped = PeftModel.from_pretrained(
                 model, start, adapter_name="policy", is_trainable=True, autocast_adapter_dtype=False
             )
@@ -197,7 +197,7 @@ def last_layers(model: Any, target_modules: str | list[str], layers: int) -> lis
 
 
 @contextmanager
-def _quietly() -> Generator[None]:
+def quietly() -> Generator[None]:
     """Without two warnings about what peft itself does, which no user can act on; all others pass."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -7,6 +7,7 @@ dequantised once into the user's cache, whole or not at all. Without that packag
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -170,6 +171,18 @@ def _check_folder(name: str, folder: Path) -> None:
             f"model {name!r}: the folder holds no *.safetensors (it holds {held}); save the model there with "
             "save_pretrained, which writes safetensors"
         )
+    # its trunk with a tied head would load without a word
+    if folder.is_dir() and (kind := _architecture(folder)).endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"model {name!r} is a reward model ({kind}), expected a language model; name it in reward_funcs"
+        )
+
+
+def _architecture(folder: Path) -> str:
+    """What config.json says that the weights are of, or nothing."""
+    file = folder / "config.json"
+    said = json.loads(file.read_text(encoding="utf-8")).get("architectures") if file.is_file() else None
+    return said[0] if said else ""
 
 
 def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

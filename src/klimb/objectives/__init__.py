@@ -16,6 +16,7 @@ from klimb.objectives.path_consistency import path_consistency
 from klimb.objectives.preference import chi_po, dpo, ipo, preference, slic, wpo
 from klimb.objectives.reference_free import cpo, orpo, simpo
 from klimb.objectives.reverse_kl import reverse_kl
+from klimb.objectives.reward_model import reward_model
 from klimb.objectives.squared import length_normalised_balance, parted, pmd_mean, trajectory_balance
 from klimb.objectives.surrogate import surrogate, token_surrogate
 from klimb.objectives.unpaired import bco, kto
@@ -49,6 +50,7 @@ __all__ = [
     "raft",
     "rao_blackwell",
     "reverse_kl",
+    "reward_model",
     "reward_weighted",
     "sft",
     "simpo",

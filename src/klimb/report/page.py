@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from klimb.numbers.estimate import Estimate
 from klimb.report import words
+from klimb.report.audit import reliability_chart, scores_chart
 from klimb.report.draws import cut, draw_table
 from klimb.report.figures import Spec, frontier_chart, seconds_spent, step_charts, time_chart
 from klimb.report.found import (
@@ -76,6 +77,8 @@ def render(found: Found) -> str:
     charts: dict[str, Spec | None] = {
         "frontier": frontier_chart(found),
         **step_charts(found),
+        "reliability": reliability_chart(found),
+        "scores": scores_chart(found),
         "time": time_chart(found),
     }
     drawn = {name: spec for name, spec in charts.items() if spec is not None}
@@ -107,6 +110,7 @@ def render(found: Found) -> str:
         table=table,
         prompts={prompt_id: (place, text) for place, (prompt_id, text) in enumerate(prompts.items(), 1)},
         policy_drawn=any(row.who == "policy" for row in table.rows),
+        audited=found.measurement if "reward_model" in found.measurement else {},
         aside=found.measurement.get("side_by_side") or [],
         command=command(found),
         config=cut(found.config, 20_000),
@@ -133,6 +137,28 @@ APART = (
 )
 """of plan.json where the target is a policy -> label, name and meaning"""
 PARTS = {
+    "reward_model": (
+        ("Held-out pairs", "accuracy", "%", "whose better completion has the larger score, ties half"),
+        ("Surprise", "surprise", "nats", "of the judgements, a pair; 0.69 knows nothing"),
+        ("Margin", "margin", "", "how much more the better completion scores, in log odds"),
+        (
+            "Calibration error",
+            "calibration_error",
+            "",
+            "predicted chance against what happened; the text below says what is usual",
+        ),
+        ("Overconfidence", "overconfidence", "", "mean chance predicted, less how often it came true"),
+        ("Length", "length", "", "correlation of a pair's scores with its lengths"),
+        ("Length, of the judgements", "length_of_labels", "", "the same of who won"),
+        ("Where the longer won", "longer_better", "%", "accuracy on those pairs"),
+        ("Where the shorter won", "shorter_better", "%", "accuracy on those pairs"),
+        (
+            "Tail of exp(reward / beta)",
+            "tail",
+            "",
+            "Pareto k within prompts; large means a few completions decide",
+        ),
+    ),
     "distance": (
         ("Closed", "closed", "%", "of KL(target ‖ reference)"),
         ("KL(target ‖ policy)", "forward", "nats", "a completion, on the target's draws"),

@@ -70,6 +70,12 @@ def headline(found: Found) -> tuple[str, str]:
         attained = as_estimate(found.measurement.get("attained"))
         orders = found.measurement.get("comparisons") or {}
         right = as_estimate(orders.get("accuracy"))
+        scored = found.measurement.get("reward_model") or {}
+        if (ordered := as_estimate(scored.get("accuracy"))) is not None:
+            return (
+                f"The reward model prefers the better completion in {both(ordered, percent=True)} of held-out pairs.",
+                " ".join(str(said) for said in found.measurement.get("findings") or ()),
+            )
         apart = found.measurement.get("distance") or {}
         closed = as_estimate(apart.get("closed"))
         if closed is not None:

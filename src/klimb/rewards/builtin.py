@@ -25,6 +25,7 @@ BUILTIN = {
     "constraints": "klimb.rewards.constraints:Constraints",
     "reasoning_gym": "klimb.rewards.puzzles:ReasoningGym",
     "similarity": "klimb.rewards.similarity:similarity",
+    "ensemble": "klimb.rewards.ensemble:ensemble",
     "http": "klimb.rewards.remote:Http",
     "judge": "klimb.rewards.judge:Judge",
     "implied": "klimb.rewards.implied:implied",

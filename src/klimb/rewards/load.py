@@ -37,6 +37,7 @@ from torch import Tensor
 from klimb.data import Draws, Prompt, Reward
 from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, bound, made, parted
+from klimb.rewards.ensemble import Ensemble
 from klimb.rewards.log_ratio import LogRatio
 
 LARGEST = torch.finfo(torch.float32).max
@@ -52,11 +53,13 @@ class WeightedSum:
         rewards: name -> reward.
         weights: name -> weight, any finite number; with 0 a reward is reported and not counted.
         caches: name -> what remembers a reward's values, for those that have one (`klimb.rewards.cache`).
+        members: name of an ensemble -> names of its members, ensemble/member, which stand before it with weight 0.
     """
 
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
     caches: Mapping[str, Callable[..., list[float | None]]] = field(default_factory=dict)
+    members: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: object
@@ -177,15 +180,26 @@ def weighted_sum(
         )
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise ValueError(f"got reward weights {weights}, expected finite numbers that are not all zero")
-    names: list[str] = []
-    for reward in rewards:
-        name = reward_name(reward)
-        taken = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
-        names.append(next(n for n in taken if n not in names))
-    named = dict(zip(names, rewards, strict=True))
+    named: dict[str, Reward] = {}
+    weight_of: dict[str, float] = {}
+    members: dict[str, list[str]] = {}
+
+    def add(reward: Reward, weight: float, within: str = "") -> str:
+        short = within + reward_name(reward)
+        taken = itertools.chain([short], (f"{short}_{k}" for k in itertools.count(2)))
+        name = next(n for n in taken if n not in weight_of)
+        weight_of[name] = weight
+        if isinstance(reward, Ensemble):
+            members[name] = [add(member, 0.0, f"{name}/") for member in reward.members]
+        named[name] = reward  # after its members
+        return name
+
+    for reward, weight in zip(rewards, weights, strict=True):
+        add(reward, weight)
     # the code as it is now, not as the file may read when a batch is scored
-    caches = {} if cache is None else {n: functools.partial(cache, source_hash(r)) for n, r in named.items()}
-    return WeightedSum(named, dict(zip(names, weights, strict=True)), caches)
+    kept = {} if cache is None else {n: r for n, r in named.items() if n not in members}
+    caches = {n: functools.partial(cache, source_hash(r)) for n, r in kept.items()} if cache else {}
+    return WeightedSum(named, weight_of, caches, members)
 
 
 def score(reward: Reward, draws: Draws) -> Rewards:
@@ -410,10 +424,13 @@ def _parts(
         answer = _called(name, whole.rewards[name], prompts, completions, columns)
         return _checked(name, answer, prompts, completions)
 
-    parts = {}
+    parts: dict[str, list[float | None]] = {}
     for name, reward in whole.rewards.items():
         ask = functools.partial(asked, name)
-        if name in whole.caches:
+        if isinstance(reward, Ensemble):
+            each = [parts[member] for member in whole.members[name]]  # scored already, once
+            parts[name], parts[f"{name}/spread"] = reward.together(each), reward.spread(each)
+        elif name in whole.caches:
             given = _accepted(name, reward, {"prompts": prompts, "completions": completions, **columns})
             looked_at = {n: x for n, x in given.items() if n not in ("prompts", "completions")}
             parts[name] = whole.caches[name](prompts, completions, looked_at, ask)
@@ -533,7 +550,7 @@ def _total(
     prompts: Sequence[Prompt],
     completions: Sequence[Any],
 ) -> list[float]:
-    counted = [name for name in parts if whole.weights[name] != 0]
+    counted = [name for name in parts if whole.weights.get(name)]  # not an ensemble's spread
     totals = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         values = [(whole.weights[name], parts[name][row]) for name in counted]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from klimb.data import Prompt
@@ -42,7 +43,7 @@ class ModelReward:
         Raises:
             ValueError: prompt and completion together are longer than the model reads; nothing is cut off.
         """
-        ids = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        ids = [written(self.tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
         limit = self.model.config.get_text_config().max_position_embeddings
         longest = max(map(len, ids), default=0)
         if longest > limit:
@@ -55,25 +56,42 @@ class ModelReward:
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
         for start in range(0, len(ids), self.batch_size):
             rows = by_length[start : start + self.batch_size]
-            batch = self.tokenizer.pad(
-                {"input_ids": [ids[i] for i in rows]}, padding_side="right", return_tensors="pt"
-            ).to(self.model.device)
             with torch.inference_mode():
-                logits = self.model(**batch).logits[:, 0].float()
+                logits = logits_of(self.model, self.tokenizer, [ids[i] for i in rows])
             for i, value in zip(rows, logits.tolist(), strict=True):
                 scores[i] = value
         return scores
 
-    def _ids(self, prompt: Prompt, completion: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt + completion, verbose=False)["input_ids"]
-        messages = [*prompt, *completion]
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer("\n".join(m["content"] for m in messages), verbose=False)["input_ids"]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]  # the template wrote them
+
+def written(tokenizer: Any, prompt: Prompt, completion: Any) -> list[int]:
+    """Token ids of prompt and completion together, as a sequence-classification model reads them."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt + completion, verbose=False)["input_ids"]
+    messages = [*prompt, *completion]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(m["content"] for m in messages), verbose=False)["input_ids"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # the template wrote them
+
+
+def logits_of(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[N] the one logit of each of N rows of token ids, float32 or wider; padding is on the right."""
+    batch = tokenizer.pad({"input_ids": [list(r) for r in rows]}, padding_side="right", return_tensors="pt")
+    logits = model(**batch.to(model.device)).logits[:, 0]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def ready_to_pad(model: Any, tokenizer: Any, who: str) -> None:
+    """Agree on a token to pad with: decoders read the score at the last token that is not padding.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{who}: its tokenizer has no padding token and no end of sequence; set one")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def model_reward(
@@ -102,6 +120,10 @@ def model_reward(
     Not the same as TRL, which adds no special tokens to plain text either.
     """
     name = os.path.expanduser(name_or_path)
+    if (Path(name) / "reward_model").is_dir():
+        raise ValueError(
+            f"reward model {name}: got the directory of a run, expected the model in it: {Path(name) / 'reward_model'}"
+        )
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(
@@ -129,15 +151,7 @@ def model_reward(
             f"reward model {name}: the weights hold no {', '.join(sorted(loading['missing_keys'])[:3])}, "
             f"so its score would be random; expected a model trained for sequence classification"
         )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                f"reward model {name}: its tokenizer has no padding token and no end of sequence; set one"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = (
-        tokenizer.pad_token_id
-    )  # decoders read the score at the last token that is not padding
+    ready_to_pad(model, tokenizer, f"reward model {name}")
     return ModelReward(
         name=Path(name).resolve().name if Path(name).is_dir() else name.rpartition("/")[2],
         source_hash=folder_hash(Path(name), model.config, *([] if dtype == torch.float32 else [str(dtype)])),
