@@ -46,6 +46,7 @@ def test_the_example_of_pairs_climbs(klimb, options, tiny_model, tmp_path, monke
         "model_name_or_path": str(roomy(tiny_model, tmp_path)),
         "output_dir": str(tmp_path / "run"),
         "measure_draws": 4,
+        "prompts_per_step": 8,
     }
     status, _, err = klimb("climb", "-q", "-c", "examples/dpo.yaml", *options(settings))
     assert status == 0, err

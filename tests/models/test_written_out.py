@@ -101,6 +101,14 @@ def test_nothing_is_kept_below_what_is_trained(build, tokenizer, examples, made_
     assert went_back == [False]
 
 
+def test_a_second_backward_pass_is_refused(build, tokenizer, examples, made_up):
+    policy, _ = lora(build("llama_tied"), tokenizer, r=3)
+    found = policy.log_prob(made_up(examples, 2, len(tokenizer))).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="score the draws again"):
+        found.backward()
+
+
 def test_long_sequences_and_other_models_take_the_other_road(
     build, tokenizer, examples, made_up, monkeypatch
 ):

@@ -131,6 +131,10 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
+        if not ctx.kept:
+            raise RuntimeError(
+                "these layers were gone back through already, which frees what they kept; score the draws again"
+            )
         found: Gradients = {}
         wants_x = ctx.needs_input_grad[0]
         while ctx.kept:

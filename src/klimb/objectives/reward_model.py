@@ -45,6 +45,7 @@ def reward_model(
         ValueError: fewer than two completions a prompt, or a number is NaN or infinite.
 
     Example:
+        >>> import torch
         >>> score, label = torch.tensor([[1.5, 0.5]]), torch.tensor([[1.0, 0.0]])
         >>> reward_model(score, label), reward_model(score, label, margins=True)
         (tensor([0.3133]), tensor([0.6931]))
