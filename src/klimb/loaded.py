@@ -25,6 +25,7 @@ from klimb.models.families import VIRTUAL, adapter_kind, full, lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.prefix import prefix
+from klimb.models.renumbered import read_numbers, renumber
 from klimb.models.soft_prompt import soft_prompt
 from klimb.models.trained import load_trained
 from klimb.nearest import nearest_file
@@ -166,12 +167,16 @@ def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> Ca
     assert isinstance(config.target, Teacher)
     name = config.target.teacher
     teacher = _named_teacher(name, config)
+    if config.target.token_map is not None:
+        size, own = (who.head.weight.shape[0] for who in (reference, teacher))
+        renumber(teacher.model, read_numbers(config.target.token_map, size=size, own_size=own))
+        teacher = replace(teacher, tokenizer=reference.tokenizer, end=reference.end)
     words = teacher.tokenizer
     if words.get_vocab() != reference.tokenizer.get_vocab():
         raise ValueError(
             f"target.teacher {name}: its tokenizer has other words than that of {config.model_name_or_path} "
-            f"({len(words.get_vocab())} and {len(reference.tokenizer.get_vocab())}); expected a model of the same tokenizer: no law of "
-            "the next token is shared between two"
+            f"({len(words.get_vocab())} and {len(reference.tokenizer.get_vocab())}); expected a model of the same tokenizer, or "
+            "target.token_map with the teacher's number for each token: no law of the next token is shared between two"
         )
     check_head(teacher)
     sizes = [who.head.weight.shape[0] for who in (teacher, reference)]

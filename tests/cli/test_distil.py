@@ -244,3 +244,32 @@ def test_virtual_tokens_climb_a_reward(klimb, options, tiny_run, no_report, kind
     status, out, err = klimb("measure", run, "--json")
     assert (status, err) == (0, ""), err
     assert json.loads(out)["reward"]["value"] == pytest.approx(found["reward"]["value"], abs=1e-6)
+
+
+def test_a_teacher_of_another_tokenizer_with_a_map(taught, other_model, tmp_path):
+    """The other model under turned numbers, and a map that turns them back, is the other model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from klimb.models.renumbered import renumber
+
+    turned = tmp_path / "turned"
+    shutil.copytree(other_model, turned)
+    model = AutoModelForCausalLM.from_pretrained(turned)
+    size = model.get_output_embeddings().weight.shape[0]
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    renumber(model, order)
+    model.save_pretrained(turned)
+    words = (turned / "tokenizer.json").read_text()
+    (turned / "tokenizer.json").write_text(words.replace('"film"', '"movie"'))
+    (tmp_path / "map.json").write_text(json.dumps(order.argsort().tolist()))
+    short = {"target.context": None, "target.teacher": turned, "max_steps": 3}
+    status, _, err, _ = taught(**short)
+    assert (status, "token_map" in err) == (2, True)
+    found = []
+    for changes in ({"target.token_map": tmp_path / "map.json"}, {"target.teacher": other_model}):
+        status, _, err, run = taught(**{**short, **changes})
+        assert (status, err) == (0, ""), err
+        found.append(read_json(run / "measure.json")["distance"]["forward"]["value"])
+        shutil.rmtree(run)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -265,6 +265,8 @@ class Teacher(BaseModel):
     kind: Literal["teacher"] = "teacher"
     teacher: str
     """hub id or local folder, also of an adapter of this run's model, such as RUN/policy"""
+    token_map: Place | None = None
+    """of a teacher with another tokenizer: file of JSON, for each token of the model the teacher's number"""
 
 
 TAUGHT = ("context", "teacher")
