@@ -134,7 +134,7 @@ def trl_worker(steps, model_name, device, autocast):
             start = now()
             made = super()._generate_single_turn(*args, **kwargs)
             clock["sampling"] += now() - start
-            tokens.append(sum(map(len, made[1])))
+            tokens.append(sum(map(len, made)))
             return made
 
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
