@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from klimb.models.recorded import recorded
-from klimb.models.written_out import written_out
+from klimb.models.written_out import half_turned, written_out
 
 
 class LlamaDecoder:
@@ -105,7 +105,7 @@ class LlamaDecoder:
         for i, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).reshape(len(x), -1, self.width)
             turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-            turned = turned * cos + _half_turned(turned) * sin
+            turned = turned * cos + half_turned(turned) * sin
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
             self._write_down(i, key, value)
             x = x + layer.output(self._attention(i, query).reshape(len(x), -1))
@@ -154,11 +154,6 @@ def _table(prompt: Tensor) -> tuple[Tensor, Tensor, int]:
     counts = torch.bincount(prompt)
     starts = counts.cumsum(0) - counts
     return torch.arange(len(prompt), device=prompt.device) - starts[prompt], prompt, int(counts.max())
-
-
-def _half_turned(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
 
 
 def _attend(

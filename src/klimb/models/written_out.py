@@ -165,7 +165,7 @@ def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
     heads, n_qkv = layer.query_key_value.forward(_norm(layer.attention_norm, x)[0])
     heads = heads.unflatten(1, (-1, place.cos.shape[-1]))
     turned = heads[:, : -place.kv_heads]
-    turned = (turned * place.cos).add_(_half_turned(turned).mul_(place.sin))
+    turned = (turned * place.cos).add_(half_turned(turned).mul_(place.sin))
     query, key, value = (
         turned[:, : -place.kv_heads],
         turned[:, -place.kv_heads :],
@@ -200,7 +200,7 @@ def _backward(
         g_out.view_as(seen.out), seen.out, seen.attended, place.layout, place.scale
     )
     turned = torch.cat([to_query, to_key], 1)
-    turned_back = (turned * place.cos).add_(_half_turned_back(turned * place.sin))
+    turned_back = (turned * place.cos).sub_(half_turned(turned * place.sin))
     g_heads = torch.cat([turned_back, to_value], 1).flatten(1)
     read, size = _norm(layer.attention_norm, seen.x)
     if not (wants_x or layer.attention_norm.weight.requires_grad):
@@ -225,11 +225,7 @@ def _norm_backward(norm: Any, g: Tensor, x: Tensor, size: Tensor, found: Gradien
     return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(size).to(x.dtype)
 
 
-def _half_turned(x: Tensor) -> Tensor:
+def half_turned(x: Tensor) -> Tensor:
+    """[..., w] the halves (a, b) -> (-b, a): what the sines of the angles multiply. Its transpose is its negative."""
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)
-
-
-def _half_turned_back(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([second, -first], -1)
