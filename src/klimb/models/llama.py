@@ -3,8 +3,8 @@
 R rows (completions still running) of P prompts, D hidden width, L prompt tokens, T completion tokens. What transformers does
 for any architecture is done here for one kind of it (Llama, Mistral, Qwen2 and whatever has their parts) with three differences:
 
-- the memory of a prompt is read where it lies by all of its completions, instead of being copied to each; attention over
-  the prompt and over the completion's own tokens are two sums, joined by their weights;
+- the memory of a prompt is read where it lies by all of its completions, instead of being copied to each; one softmax runs
+  over the prompt's tokens and the completion's own;
 - on a CPU query, key and value are one matrix product, gate and up another, of weights laid out once for the
   processor; on a GPU the whole step is recorded once and played again for every token;
 - the low-rank adapters of layers side by side are one narrow product and one wide one.
@@ -15,6 +15,7 @@ Same numbers as the model's own forward pass up to rounding. Nothing is differen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,17 +62,16 @@ class LlamaDecoder:
         self.body, self.scaling, self.width = body, attention.scaling, attention.head_dim
         self.layers = [written_out(layer) for layer in body.layers]
         wide = torch.promote_types(keys[0].dtype, torch.float32)
-        shared = wide if self.fixed else keys[0].dtype
-        self.keys, self.values = [k.to(shared) for k in keys], [v.to(shared) for v in values]
+        self.keys, self.values = [k.to(wide) for k in keys], [v.to(wide) for v in values]
         prompts, self.kv_heads, _, _ = keys[0].shape
         self.groups = model.config.get_text_config().num_attention_heads // self.kv_heads
         rows = prompts * num_draws
         self.prompt = torch.arange(prompts, device=device).repeat_interleave(num_draws)
-        self.table = _table(self.prompt)
+        self.grid = _grid(self.prompt, prompts)
         self.position = mask.sum(1)[self.prompt]
-        padded = not bool(mask.all())
-        padding = torch.zeros(mask.shape, dtype=shared, device=device)
-        self.padding = padding.masked_fill(mask == 0, -torch.inf)[:, None, None] if padded else None
+        padding = torch.zeros(mask.shape, dtype=wide, device=device)
+        padding = padding.masked_fill(mask == 0, -torch.inf)[:, None, None]
+        self.padding = None if bool(mask.all()) else padding
         self.own = [
             torch.zeros(2, rows, self.kv_heads, longest, self.width, dtype=wide, device=device)
             for _ in self.layers
@@ -82,7 +82,7 @@ class LlamaDecoder:
     def keep(self, kept: Tensor) -> None:
         """Forget all rows but these."""
         self.prompt, self.position = self.prompt[kept], self.position[kept]
-        self.table, self.play = _table(self.prompt), None
+        self.grid, self.play = _grid(self.prompt, len(self.keys[0])), None
         for i, own in enumerate(self.own):
             self.own[i] = own[:, kept]
 
@@ -105,7 +105,7 @@ class LlamaDecoder:
         for i, layer in enumerate(self.layers):
             heads = layer.query_key_value(layer.attention_norm(x)).reshape(len(x), -1, self.width)
             turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-            turned = turned * cos + half_turned(turned) * sin
+            turned = (turned * cos).add_(half_turned(turned).mul_(sin))
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
             self._write_down(i, key, value)
             x = x + layer.output(self._attention(i, query).reshape(len(x), -1))
@@ -126,56 +126,56 @@ class LlamaDecoder:
             own[0, :, :, self.length - 1], own[1, :, :, self.length - 1] = key, value
 
     def _attention(self, i: int, query: Tensor) -> Tensor:
-        """[R, heads, width]: over the prompt and over the row's own tokens, joined."""
-        slot, prompts, deep = self.table
-        query = query.reshape(len(query), self.kv_heads, self.groups, self.width)
-        num_prompts = self.keys[i].shape[0]
-        own, own_weight = self._over_own(i, query)
-        grouped = query.new_zeros(num_prompts, deep, *query.shape[1:])
-        grouped[prompts, slot] = query
-        grouped = grouped.permute(0, 2, 1, 3, 4).reshape(num_prompts, self.kv_heads, -1, self.width)
-        attend = _attend if self.fixed else _attend_on_cpu
-        shared, shared_weight = attend(grouped, self.keys[i], self.values[i], self.padding, self.scaling)
-        back = (num_prompts, self.kv_heads, deep, self.groups)
-        shared = shared.reshape(*back, self.width).transpose(1, 2)[prompts, slot]
-        shared_weight = shared_weight.reshape(back).transpose(1, 2)[prompts, slot]
-        share = torch.sigmoid(own_weight - shared_weight)[..., None]  # of the row's own tokens
-        return shared.to(own.dtype).lerp(own, share).to(query.dtype)
+        """[R, heads, width]: one softmax over the prompt's tokens and the row's own, summed in the memory's dtype.
 
-    def _over_own(self, i: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention [R, kv, groups, width] over the row's own tokens, and the log of the sum of its weights."""
+        Products by hand: for one query a row the fused operations of torch take twice as long.
+        """
+        own_key, own_value = self.own[i] if self.fixed else self.own[i][..., : self.length, :]
+        asked = query.to(own_key.dtype).unflatten(1, (self.kv_heads, self.groups))
+        of_prompt = self.grid.spread(asked) @ self.keys[i].transpose(-2, -1)
+        if self.padding is not None:
+            of_prompt = of_prompt.add_(self.padding)
+        of_own = asked @ own_key.transpose(-2, -1)
         if self.fixed:
-            return _attend(query, *self.own[i], self.unwritten, self.scaling)
-        return _attend(query, *self.own[i][..., : self.length, :], None, self.scaling)
+            of_own = of_own.add_(self.unwritten)
+        score = torch.cat([self.grid.gathered(of_prompt, self.groups), of_own], -1).mul_(self.scaling)
+        on_prompt, on_own = score.softmax(-1).split([self.keys[i].shape[2], own_key.shape[2]], -1)
+        said = self.grid.gathered(self.grid.spread(on_prompt) @ self.values[i], self.groups)
+        return (on_own @ own_value).add_(said).to(query.dtype)
 
 
-def _table(prompt: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Of rows in the order of their prompts: the place of each among its prompt's, its prompt, and the most a prompt has."""
-    counts = torch.bincount(prompt)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(prompt), device=prompt.device) - starts[prompt], prompt, int(counts.max())
+@dataclass(frozen=True)
+class _Grid:
+    """Rows on a grid of their prompts, so that those of one prompt go through its memory as one product.
 
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention [.., q, width] and the log of the weights' sum [.., q] of each query, summed in the memory's dtype.
-
-    For one query a row the fused operation of torch takes twice as long as its parts.
+    Attributes:
+        rows: [P, deep] the row at each place, any row where there is none; None: all places taken, in order.
+        places: [R] of each row on the grid, flat.
+        shape: P and deep, the most rows a prompt has.
     """
-    score = torch.matmul(query.to(key.dtype), key.transpose(-2, -1)).mul_(scale)
-    if hidden is not None:
-        score = score.add_(hidden)
-    largest = score.amax(-1, keepdim=True)
-    mass = score.sub_(largest).exp_()
-    total = mass.sum(-1, keepdim=True)
-    return torch.matmul(mass, value).div_(total), (largest + total.log_())[..., 0]
+
+    rows: Tensor | None
+    places: Tensor
+    shape: tuple[int, int]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[R, kv, groups, n] -> [P, kv, deep * groups, n]."""
+        on_grid = x.unflatten(0, self.shape) if self.rows is None else x[self.rows]
+        return on_grid.transpose(1, 2).flatten(2, 3)
+
+    def gathered(self, x: Tensor, groups: int) -> Tensor:
+        """[P, kv, deep * groups, n] -> [R, kv, groups, n]."""
+        off_grid = x.unflatten(2, (-1, groups)).transpose(1, 2).flatten(0, 1)
+        return off_grid if self.rows is None else off_grid[self.places]
 
 
-def _attend_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same for many queries, in the model's dtype."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=hidden, scale=scale
-    )
+def _grid(prompt: Tensor, prompts: int) -> _Grid:
+    """The grid of rows in the order of their prompts."""
+    counts = torch.bincount(prompt, minlength=prompts)
+    deep = int(counts.max())
+    slot = torch.arange(len(prompt), device=prompt.device) - (counts.cumsum(0) - counts)[prompt]
+    places = prompt * deep + slot
+    rows = torch.zeros(prompts * deep, dtype=torch.int64, device=prompt.device)
+    rows[places] = torch.arange(len(prompt), device=prompt.device)
+    whole = len(prompt) == prompts * deep
+    return _Grid(None if whole else rows.view(prompts, deep), places, (prompts, deep))

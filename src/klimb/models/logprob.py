@@ -10,6 +10,7 @@ along in the same way: the backward pass is one product with a number a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from klimb.models.products import laid_out_product
 
 ROWS = 512
 """hidden states in one product, where all logits of a state are formed at once"""
@@ -40,6 +43,14 @@ class Head:
         """[n, D] -> [n, V] in float32 or wider."""
         return torch.cat([block._logits(hidden) for block in self.blocks()], 1)
 
+    def laid_out(self) -> Callable[[Tensor], Tensor]:
+        """`logits` for many calls with few rows each: on a CPU the weight is laid out for the processor once.
+
+        Not differentiable, and not for use after the weight has moved.
+        """
+        product = laid_out_product(self.weight, self.bias)
+        return lambda hidden: self._as_logits(product(hidden))
+
     def blocks(self) -> list[Head]:
         """The head of each block of the vocabulary, in order; a single one where there is no cache to stay in."""
         if self.weight.device.type != "cpu":
@@ -49,7 +60,9 @@ class Head:
         return [replace(self, weight=w, bias=b) for w, b in zip(weights, biases, strict=True)]
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return self._as_logits(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def _as_logits(self, raw: Tensor) -> Tensor:
         raw = raw if raw.dtype == torch.float64 else raw.float()
         raw = raw * self.scale if self.scale != 1.0 else raw
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)

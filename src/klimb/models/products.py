@@ -7,8 +7,9 @@ gradient of the rows, and collects those of whatever in the layers is trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Product:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[N, D_in] -> [N, D_out], and scale * x A' [N, r], which the backward pass wants."""
         if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weights[0], self.bias, "none", [], "")
+            y = _packed_linear(x, self.weights[0], self.bias)
         elif len(self.weights) == 1:
             y = nn.functional.linear(x, self.weights[0], self.bias)
         else:
@@ -166,8 +167,25 @@ def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tenso
     if kept is not None and kept[0] == name:
         return kept[1], kept[2]
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
-    packs = weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
+    packs = _packs(weight)
     if packs:
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     keeper.__dict__["laid_out"] = (name, (weight,), packs)
     return (weight,), packs
+
+
+def laid_out_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The map x [N, D_in] -> x weight' + bias [N, D_out], not differentiable; on a CPU of a weight laid out for the processor."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if not _packs(weight):
+        return partial(nn.functional.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return lambda x: _packed_linear(x, packed, bias)
+
+
+def _packs(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
+
+
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

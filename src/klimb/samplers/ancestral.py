@@ -2,7 +2,8 @@
 
 P prompts, G draws a prompt, V vocabulary. The prompt is read once and its memory shared by its G completions; rows
 that have ended leave the batch, a few at a time. A token is chosen by one uniform number a row: first the block of the vocabulary in
-which the cumulated probability passes it, then the token in that block, both cumulated in float64. The uniforms are
+which the cumulated probability passes it, then the token in that block, both cumulated in float64 (a block's own sum is of
+the logits' dtype). The uniforms are
 drawn beforehand for all rows and positions, so a draw does not depend on its company.
 """
 
@@ -125,13 +126,13 @@ def _decode(
     log_q = torch.zeros(num_rows, dtype=torch.float64, device=policy.device)
     per_token = torch.zeros(num_rows, longest, device=policy.device)
     end = torch.tensor(policy.end, device=policy.device)
-    head = policy.head
+    logits = policy.head.laid_out()
     with policy.activate(), started(policy, examples, num_draws, longest - 1) as (hidden, decoder):
         rows = torch.arange(num_rows, device=policy.device)
         running = torch.ones(num_rows, dtype=torch.bool, device=policy.device)
         for step in range(longest):
             chosen, log_prob = draw_tokens(
-                head.logits(hidden), uniforms[rows, step], temperature=temperature, top_p=top_p
+                logits(hidden), uniforms[rows, step], temperature=temperature, top_p=top_p
             )
             tokens[rows, step] = chosen
             per_token[rows, step] = log_prob.float()
@@ -176,7 +177,7 @@ def draw_tokens(
     rows, vocabulary = mass.shape
     padded = torch.nn.functional.pad(mass, (0, -vocabulary % BLOCK)) if vocabulary % BLOCK else mass
     blocks = padded.reshape(rows, -1, BLOCK)
-    over_blocks = blocks.sum(2, dtype=torch.float64).cumsum(1)
+    over_blocks = blocks.sum(2).double().cumsum(1)  # all in float64 would copy the whole of `blocks`
     goal = uniform * over_blocks[:, -1]
     block = _first_above(over_blocks, goal)
     reached = torch.where(block > 0, over_blocks.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
