@@ -21,7 +21,7 @@ from klimb.comparisons import Judged, load_judged
 from klimb.config import TAUGHT, Config, Context, Full, Lora, Prefix, Teacher
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
-from klimb.models.families import VIRTUAL, adapter_kind, full, lora
+from klimb.models.families import adapter_kind, full, lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.prefix import prefix
@@ -190,23 +190,12 @@ def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> Ca
 
 def _named_teacher(name: str, config: Config) -> CausalPolicy:
     """A model, or an adapter of klimb or peft, beside a second copy of the model of the run."""
-    kind, size = adapter_kind(os.path.expanduser(name)), config.max_chunk_tokens
-    beside = name if kind is None else config.model_name_or_path
-    revision = "main" if kind is None else config.model_revision
-    model, words = load_model(beside, revision=revision, **options_of(config))
-    plain = CausalPolicy(model, words, max_chunk_tokens=size)
-    if kind is None:
-        return plain
-    folder = Path(os.path.expanduser(name))
-    if kind in VIRTUAL:
-        return VIRTUAL[kind](plain, folder)
-    try:
-        teacher, _ = lora(model, words, start=folder, max_chunk_tokens=size)
-    except (RuntimeError, KeyError) as error:  # peft's, of shapes that differ
-        raise ValueError(
-            f"target.teacher {name}: this adapter does not fit {config.model_name_or_path}; expected one that was trained from it "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+    folder, size, options = os.path.expanduser(name), config.max_chunk_tokens, options_of(config)
+    if adapter_kind(folder) is None:
+        model, words = load_model(name, **options)
+        return CausalPolicy(model, words, max_chunk_tokens=size)
+    model, words = load_model(config.model_name_or_path, revision=config.model_revision, **options)
+    teacher, _ = load_trained(folder, model, words, max_chunk_tokens=size)
     for weight in teacher.parameters():
         weight.requires_grad_(False)
     return replace(teacher, trainable=())

@@ -151,16 +151,22 @@ def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
 
 def adapter_kind(folder: str | Path) -> str | None:
     """Peft's name for the adapter in a folder, such as LORA; None where there is none."""
+    config = adapter_config(folder)
+    return None if config is None else str(config.get("peft_type"))
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any] | None:
+    """What peft says of the adapter in a folder; None where there is none."""
     file = Path(folder) / "adapter_config.json"
-    return str(json.loads(file.read_text()).get("peft_type")) if file.is_file() else None
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _check_adapter(folder: Path) -> None:
-    if not (folder / "adapter_config.json").exists():
+    config = adapter_config(folder)
+    if config is None:
         raise ValueError(
             f"adapter {str(folder)!r}: no adapter_config.json there; expected a folder saved by peft"
         )
-    config = json.loads((folder / "adapter_config.json").read_text())
     whole = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
     if config.get("peft_type") != "LORA" or whole:
         raise ValueError(

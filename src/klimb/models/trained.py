@@ -32,7 +32,7 @@ def load_trained(
         **options: how a whole model is loaded (`klimb.models.hub.load_model`).
 
     Raises:
-        ValueError: no such folder, or not a policy.
+        ValueError: no such folder, or not a policy, or an adapter of another model.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder; expected a trained policy, such as RUN/policy")
@@ -42,7 +42,13 @@ def load_trained(
         check_head(reference)
         return VIRTUAL[kind](reference, folder), reference
     if kind is not None:
-        policy, reference = lora(model, tokenizer, start=folder, max_chunk_tokens=max_chunk_tokens)
+        try:
+            policy, reference = lora(model, tokenizer, start=folder, max_chunk_tokens=max_chunk_tokens)
+        except (RuntimeError, KeyError) as error:  # peft's, of shapes that differ
+            raise ValueError(
+                f"{folder}: this adapter does not fit the model {model.config._name_or_path}; expected one that was trained from it "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         assert isinstance(policy.activate, partial)
         wrapped = policy.activate.args[0]
         wrapped.delete_adapter("reference")  # the policy as it ended is not where it started

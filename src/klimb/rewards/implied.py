@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from klimb.data import Draws, Example, Prompt
+from klimb.models.families import adapter_config
 from klimb.models.hub import DTYPES, load_model, resolve
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.trained import load_trained
@@ -114,8 +115,7 @@ def implied(
         raise ValueError(
             f"reward implied: {policy}: got beta {beta}, expected a positive number, reward per nat; give the option beta"
         )
-    adapter = folder / "adapter_config.json"
-    trained_on = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+    trained_on = (adapter_config(folder) or {}).get("base_model_name_or_path")
     base = said.get("model_name_or_path") or trained_on or reference
     if base is None:
         raise ValueError(
