@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klimb import cli_data, cli_derive, cli_diagnose, cli_methods
+from klimb import cli_data, cli_derive, cli_diagnose, cli_methods, cli_report
 
 if TYPE_CHECKING:
     from klimb.config import Config
@@ -183,17 +183,6 @@ def sample_(
     _result(record, json_, lambda: screen.samples(record, show))
 
 
-@app.command("report")
-def report_(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
-    """Write RUN/report.html from what the run has left."""
-    from klimb.run import report
-
-    written = report(run)
-    if written is None:
-        raise ValueError("report: altair is not installed; pip install 'klimb[report]'")
-    print(written)
-
-
 @app.command("schema")
 def schema_() -> None:
     """Print the JSON schema of the configuration, for editors."""
@@ -210,6 +199,7 @@ def env_() -> None:
     print(json.dumps(environment(), indent=2))
 
 
+cli_report.register(app)
 cli_diagnose.register(app)
 cli_data.register(app)
 cli_methods.register(app)

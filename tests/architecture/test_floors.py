@@ -30,7 +30,7 @@ FLOORS = [  # from the bottom
     {"training", "planning", "diagnosis"},
     {"run", "reward_run", "problems"},
     {"screen", "screen_derive", "screen_profile", "screen_diagnose", "screen_reward"},
-    {"cli", "cli_data", "cli_methods", "cli_derive", "cli_diagnose", "__main__"},
+    {"cli", "cli_data", "cli_methods", "cli_derive", "cli_diagnose", "cli_report", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

@@ -5,8 +5,10 @@ words.py     numbers and verdicts in plain words
 figures.py   charts, as Vega-Lite specifications
 draws.py     which completions the page carries
 page.py      all of it in one file: page.html, page.css, page.js
+compared.py  several runs side by side; overlay.py their chart, compared.html their page
+files.py     charts as PNG and SVG
 """
 
-from klimb.report.page import write_report
+from klimb.report.page import write_comparison, write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from klimb.numbers.estimate import Estimate
 from klimb.report import words
 from klimb.report.audit import reliability_chart, scores_chart
+from klimb.report.compared import Comparison, compare
 from klimb.report.draws import cut, draw_table
 from klimb.report.figures import Spec, frontier_chart, seconds_spent, step_charts, time_chart
 from klimb.report.found import (
@@ -32,10 +33,11 @@ from klimb.report.found import (
     read_run,
     reference_reward,
 )
+from klimb.report.overlay import overlay_chart
 from klimb.store import write_whole
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(run: str | Path, *, to: str | Path | None = None) -> Path:
     """Write RUN/report.html: everything the run has to show so far, in one page that opens without a network.
 
     Sections whose files are not there yet say so. The page stays below 3 MB: it carries at most 2,000 draws and
@@ -43,6 +45,7 @@ def write_report(run: str | Path) -> Path:
 
     Args:
         run: a run directory, with at least one of config.yaml, env.json, plan.json, metrics.jsonl, measure.json.
+        to: where the page is written, in place of RUN/report.html.
 
     Returns:
         The path of the page.
@@ -61,19 +64,28 @@ def write_report(run: str | Path) -> Path:
         True
     """
     found = read_run(run)
-    path = found.path / "report.html"
+    path = found.path / "report.html" if to is None else Path(to)
     write_whole(path, render(found))
     return path
 
 
-def render(found: Found) -> str:
-    """The page as text."""
-    bundle = _bundle()
-    beta, why = chosen_beta(found)
-    table = draw_table(found.draws)
-    prompts = {row.prompt_id: row.prompt for row in table.rows}
-    spent = seconds_spent(found)
-    headline, lede = words.headline(found)
+def write_comparison(runs: Sequence[str | Path], to: str | Path) -> Comparison:
+    """Write a page that shows several runs on one frontier, with their differences, and return what it says.
+
+    Args:
+        runs: directories of measured runs, two or more.
+        to: where the page is written.
+
+    Raises:
+        ValueError: as `klimb.report.compared.compare`; altair is not installed; the disk is full.
+    """
+    compared = compare(runs)
+    write_whole(Path(to), render_comparison(compared))
+    return compared
+
+
+def charts_of(found: Found) -> dict[str, Spec]:
+    """Every chart that the run has numbers for, by name."""
     charts: dict[str, Spec | None] = {
         "frontier": frontier_chart(found),
         **step_charts(found),
@@ -81,8 +93,83 @@ def render(found: Found) -> str:
         "scores": scores_chart(found),
         "time": time_chart(found),
     }
-    drawn = {name: spec for name, spec in charts.items() if spec is not None}
-    scripts = {"bundle": Markup(bundle), "script": Markup(_part("page.js"))}
+    return {name: spec for name, spec in charts.items() if spec is not None}
+
+
+def render(found: Found) -> str:
+    """The page as text."""
+    beta, why = chosen_beta(found)
+    table = draw_table(found.draws)
+    prompts = {row.prompt_id: row.prompt for row in table.rows}
+    spent = seconds_spent(found)
+    headline, lede = words.headline(found)
+    scripts = _scripts()
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            found=found,
+            name=found.path.resolve().name,
+            headline=headline,
+            lede=lede,
+            diagnosis=found.measurement.get("diagnosis") or {},
+            beta=beta,
+            why=why,
+            figures=figures_of(found),
+            warnings=warnings_of(found),
+            dead=sum(bool(p.get("dead")) for p in found.plan.get("prompts") or () if isinstance(p, dict)),
+            charts=charts_of(found),
+            frontier=frontier(found),
+            spent=spent,
+            total=sum(spent.values()),
+            table=table,
+            prompts={prompt_id: (place, text) for place, (prompt_id, text) in enumerate(prompts.items(), 1)},
+            policy_drawn=any(row.who == "policy" for row in table.rows),
+            audited=found.measurement if "reward_model" in found.measurement else {},
+            aside=found.measurement.get("side_by_side") or [],
+            command=command(found),
+            config=cut(found.config, 20_000),
+            hashes=[_hash(script) for script in scripts.values()],
+            **scripts,
+        )
+    )
+
+
+def render_comparison(compared: Comparison) -> str:
+    """The page of several runs as text."""
+    scripts = _scripts()
+    rows = [
+        {
+            "name": side.name,
+            **{name: as_estimate(side.found.measurement.get(name)) for name in ("reward", "kl", "gap")},
+            "attained": words.both(as_estimate(side.found.measurement.get("attained")), percent=True),
+            "beta": compared.betas[side.name],
+            "steps": len(side.found.steps),
+            "seconds": side.seconds,
+        }
+        for side in compared.sides
+    ]
+    return (
+        _environment()
+        .get_template("compared.html")
+        .render(
+            compared=compared,
+            names=[side.name for side in compared.sides],
+            same_beta=len({round(beta or 0.0, 9) for beta in compared.betas.values()}) == 1,
+            rows=rows,
+            charts={"overlay": overlay_chart(compared)},
+            hashes=[_hash(script) for script in scripts.values()],
+            **scripts,
+        )
+    )
+
+
+def _scripts() -> dict[str, Markup]:
+    """What runs in a page: the drawing of charts, and the page's own."""
+    return {"bundle": Markup(_bundle()), "script": Markup(_part("page.js"))}
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_part),
         autoescape=True,
@@ -92,31 +179,7 @@ def render(found: Found) -> str:
     )
     environment.filters |= {"number": words.number, "short": words.short, "both": words.both}
     environment.filters |= {"visible": words.visible, "counted": words.counted}
-    return environment.get_template("page.html").render(
-        found=found,
-        name=found.path.resolve().name,
-        headline=headline,
-        lede=lede,
-        diagnosis=found.measurement.get("diagnosis") or {},
-        beta=beta,
-        why=why,
-        figures=figures_of(found),
-        warnings=warnings_of(found),
-        dead=sum(bool(p.get("dead")) for p in found.plan.get("prompts") or () if isinstance(p, dict)),
-        charts=drawn,
-        frontier=frontier(found),
-        spent=spent,
-        total=sum(spent.values()),
-        table=table,
-        prompts={prompt_id: (place, text) for place, (prompt_id, text) in enumerate(prompts.items(), 1)},
-        policy_drawn=any(row.who == "policy" for row in table.rows),
-        audited=found.measurement if "reward_model" in found.measurement else {},
-        aside=found.measurement.get("side_by_side") or [],
-        command=command(found),
-        config=cut(found.config, 20_000),
-        hashes=[_hash(script) for script in scripts.values()],
-        **scripts,
-    )
+    return environment
 
 
 @dataclass(frozen=True)
