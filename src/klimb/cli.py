@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klimb import cli_data, cli_derive, cli_diagnose, cli_methods, cli_report
+from klimb import cli_data, cli_derive, cli_diagnose, cli_explore, cli_methods, cli_report
 
 if TYPE_CHECKING:
     from klimb.config import Config
@@ -204,6 +204,7 @@ cli_diagnose.register(app)
 cli_data.register(app)
 cli_methods.register(app)
 cli_derive.register(app)
+cli_explore.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

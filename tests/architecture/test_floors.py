@@ -24,13 +24,13 @@ FLOORS = [  # from the bottom
     {"learn", "log_z"},
     {"batch", "steps"},
     {"plan", "train", "measure", "sample", "distil", "plan_distil", "reward_model"},
-    {"report", "store", "config", "dataset", "comparisons", "convert", "tasks"},
+    {"report", "explorer", "store", "config", "dataset", "comparisons", "convert", "tasks"},
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
     {"training", "planning", "diagnosis"},
     {"run", "reward_run", "problems"},
     {"screen", "screen_derive", "screen_profile", "screen_diagnose", "screen_reward"},
-    {"cli", "cli_data", "cli_methods", "cli_derive", "cli_diagnose", "cli_report", "__main__"},
+    {"cli", "cli_data", "cli_methods", "cli_derive", "cli_diagnose", "cli_report", "cli_explore", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

@@ -129,7 +129,7 @@ def render(found: Found) -> str:
             aside=found.measurement.get("side_by_side") or [],
             command=command(found),
             config=cut(found.config, 20_000),
-            hashes=[_hash(script) for script in scripts.values()],
+            hashes=[script_hash(script) for script in scripts.values()],
             **scripts,
         )
     )
@@ -158,7 +158,7 @@ def render_comparison(compared: Comparison) -> str:
             same_beta=len({round(beta or 0.0, 9) for beta in compared.betas.values()}) == 1,
             rows=rows,
             charts={"overlay": overlay_chart(compared)},
-            hashes=[_hash(script) for script in scripts.values()],
+            hashes=[script_hash(script) for script in scripts.values()],
             **scripts,
         )
     )
@@ -166,7 +166,7 @@ def render_comparison(compared: Comparison) -> str:
 
 def _scripts() -> dict[str, Markup]:
     """What runs in a page: the drawing of charts, and the page's own."""
-    return {"bundle": Markup(_bundle()), "script": Markup(_part("page.js"))}
+    return {"bundle": Markup(chart_bundle()), "script": Markup(_part("page.js"))}
 
 
 def _environment() -> jinja2.Environment:
@@ -312,7 +312,7 @@ def command(found: Found) -> str:
 
 
 @functools.cache
-def _bundle() -> str:
+def chart_bundle() -> str:
     """The JavaScript that draws Vega-Lite charts, 0.9 MB; it takes seconds to make, so it is made once."""
     try:
         import vl_convert
@@ -330,6 +330,6 @@ def _part(name: str) -> str:
     return (resources.files("klimb.report") / name).read_text(encoding="utf-8")
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
     """How a page's policy names a script that may run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

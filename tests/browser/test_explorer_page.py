@@ -1,0 +1,153 @@
+"""The explorer in a browser: quiet, offline, at home on a phone, and its sliders and exercises say what they should."""
+
+import shutil
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+RIGHT = {"why-z", "order", "larger-beta", "two-directions", "compute", "variant", "loss", "mediocre"}
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory):
+    from klimb.explorer import write_explorer
+
+    return write_explorer(tmp_path_factory.mktemp("explorer") / "page.html")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, explorer):
+    """Open the page at a width, with the network blocked: the page, and what the console said."""
+    contexts = []
+
+    def at(width=1440, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page, said = context.new_page(), []
+        page.route("http*://**", lambda route: (said.append(route.request.url), route.abort()))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(explorer.as_uri())
+        page.wait_for_selector("#chart-students svg")
+        return page, said
+
+    yield at
+    for context in contexts:
+        context.close()
+
+
+def number(page, element):
+    return float(page.inner_text(f"#{element}").replace("−", "-").split()[0])
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1440, "light"), (1440, "dark"), (360, "light"), (360, "dark")]
+)
+def test_it_opens_quietly_and_nothing_overflows(opened, width, scheme):
+    page, said = opened(width, scheme)
+    assert said == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    found = axe.Axe().run(page).response["violations"]
+    assert [(v["id"], [node["target"] for node in v["nodes"]][:3]) for v in found] == []
+
+
+def test_it_is_small(explorer):
+    assert explorer.stat().st_size < 1_500_000
+
+
+def test_the_slider_moves_the_best_policy_and_both_sides_stay_equal(opened):
+    page, _ = opened()
+    seen = []
+    for exponent in (-1.0, -0.3, 1.0):
+        page.fill("#beta", str(exponent))
+        assert number(page, "left") == pytest.approx(number(page, "right"), abs=2e-4)
+        seen.append((number(page, "n-bestReward"), number(page, "n-bestKl")))
+    assert seen == sorted(seen, reverse=True)  # dearer: less reward, less KL
+    assert seen[0][1] > 2 * seen[1][1] > 0
+    page.click("[data-set=p]")
+    assert number(page, "n-gap") == pytest.approx(0, abs=1e-3)
+    assert page.inner_text("#share") == "100 %"
+    page.click("[data-set=ref]")
+    assert number(page, "n-kl") == pytest.approx(0, abs=1e-3)
+    assert page.inner_text("#share").startswith("0")
+
+
+def test_a_constant_moves_log_z_and_not_p(opened):
+    page, _ = opened()
+    page.fill("#shift", "1.5")
+    said = page.inner_text("#shift-says")
+    assert "by c/β = 2.993" in said or "by c/β = 3.0" in said or "by c/β = 2.99" in said
+    assert "0.000000000" in said
+
+
+def test_the_two_directions_end_apart_and_a_prompt_does_not_reach_p(opened):
+    page, _ = opened()
+    forward = page.inner_text("#student-says")
+    page.select_option("#loss", "reverse")
+    assert page.inner_text("#student-says") != forward
+    page.click("#t-best")
+    assert "The best prompt goes" in page.inner_text("#prompt-says")
+    assert "goes 100 %" not in page.inner_text("#prompt-says")
+
+
+def answer(page, name, right):
+    """Answer an exercise rightly or wrongly, by what the page itself holds to be right."""
+    box = f"#exercise-{name}"
+    made = page.eval_on_selector(box, "form => ({ kind: form.made.kind, right: form.made.right })")
+    if made["kind"] == "number":
+        page.fill(f"{box} input", str(round(made["right"] if right else (made["right"] + 0.3) % 1, 3)))
+    elif made["kind"] == "order":
+        if right:  # bubble up with the buttons, as one does by hand
+            for place in range(6):
+                while True:
+                    order = page.eval_on_selector_all(
+                        f"{box} li", "all => all.map((x) => Number(x.dataset.step))"
+                    )
+                    now = order.index(place + 1)
+                    if now == place:
+                        break
+                    page.click(f"{box} li:nth-child({now + 1}) button[aria-label^='move up']")
+    else:
+        inputs = page.query_selector_all(f"{box} input")
+        for i, box_input in enumerate(inputs):
+            wanted = i in made["right"] if right else i == (made["right"][0] + 1) % len(inputs)
+            if wanted:
+                box_input.check()
+            elif made["kind"] == "several":
+                box_input.uncheck()
+    page.click(f"{box} button[type=submit]")
+    return page.inner_text(f"{box} .answer")
+
+
+@pytest.mark.parametrize("name", sorted(RIGHT))
+def test_each_exercise_knows_right_from_wrong_and_says_why(opened, name):
+    page, said = opened()
+    wrong = answer(page, name, right=False)
+    assert wrong.startswith("✗ Not quite."), wrong
+    assert len(wrong) > 60
+    right = answer(page, name, right=True)
+    assert right.startswith("✓ Right."), right
+    assert page.inner_text("#solved") == "1 of 8 solved."
+    page.click(f"#exercise-{name} button:text('other numbers')")
+    assert answer(page, name, right=True).startswith("✓ Right.")
+    assert said == []
+
+
+def test_keys_are_enough(opened):
+    page, _ = opened()
+    page.focus("#beta")
+    before = number(page, "n-bestReward")
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    assert number(page, "n-bestReward") > before
