@@ -6,3 +6,8 @@ renderMathInElement(document.body, {
   ],
   macros: { "\\KL": "\\mathrm{KL}", "\\ref": "\\mathrm{ref}", "\\E": "\\mathbb{E}" },
 });
+document.fonts.ready.then(() => {
+  for (const formula of document.querySelectorAll("div.arithmatex")) {
+    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0; // one that scrolls, scrolls by keys too
+  }
+});

@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from klimb.config import load
+from klimb.numbers.diagnose import TABLE
+from klimb.rewards.builtin import BUILTIN
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -268,3 +270,28 @@ def test_a_wrong_block_is_found(text, run, place, tmp_path, roomy, capsys):
     page.write_text(text)
     with pytest.raises(AssertionError):
         run(page, roomy, capsys)
+
+
+def first_cells(page, header):
+    """What stands in the first column of the table that begins with this header."""
+    table = re.search(
+        rf"^\| {re.escape(header)} \|.*\n(?:\|.*\n)+", (ROOT / "docs" / page).read_text(), re.M
+    ).group()
+    return [row.split("|")[1].strip() for row in table.splitlines()[2:]]
+
+
+def test_the_tables_of_rewards_and_verdicts_are_the_codes():
+    assert {name.strip("`") for name in first_cells("rewards.md", "name")} == set(BUILTIN)
+    assert first_cells("diagnosis.md", "verdict") == [rule.name for rule in TABLE]
+
+
+def test_every_file_and_every_record_of_a_run_is_explained(walked):
+    said = (ROOT / "docs/run.md").read_text()
+    run = walked / "runs/reviews"
+    step = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    unknown = {name for name in step if f"`{name}`" not in said}
+    assert unknown == set()
+    tops = {path.name for path in run.iterdir()}
+    explained = " ".join(first_cells("run.md", "file"))
+    assert {name for name in tops if f"`{name}" not in explained} == set()
+    assert not any(f"`{name}`" in said for name in ("los", "klimb.json"))

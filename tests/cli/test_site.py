@@ -113,12 +113,13 @@ def site(tmp_path_factory):
     return place / "site"
 
 
-class Fetches(HTMLParser):
-    """Addresses that a page loads by itself; links to follow are not among them."""
+class Page(HTMLParser):
+    """Addresses that a page loads by itself (`found`), its links to follow, and the places that links can lead to."""
 
-    def __init__(self):
+    def __init__(self, text=""):
         super().__init__()
-        self.found, self.ids = [], set()
+        self.found, self.links, self.ids = [], [], set()
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
@@ -127,17 +128,37 @@ class Fetches(HTMLParser):
         loaded = given.get("src") or (given.get("href") if tag == "link" else None)
         if loaded and re.match(r"(?:https?:)?//", loaded):
             self.found.append(loaded)
+        if tag == "a" and "href" in given and "://" not in given["href"]:
+            self.links.append(given["href"])
 
 
 def test_no_page_fetches_anything(site):
     pages = sorted(site.glob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
-        reader = Fetches()
-        reader.feed(page.read_text())
-        assert reader.found == [], page.name
+        assert Page(page.read_text()).found == [], page.name
     for style in site.rglob("*.css"):
         assert not FETCHED.search(style.read_text()), style
+
+
+def lost(site):
+    """(page, link) of the built site that leads out of it, to a page that is not there, or to no place on it."""
+    pages = {path.name: Page(path.read_text()) for path in site.glob("*.html")}
+    for name, page in pages.items():
+        for link in page.links:
+            file, _, anchor = link.partition("#")
+            there = (site / (file or name)).resolve()
+            inside = there.is_relative_to(site.resolve()) and there.exists()
+            if not inside or (anchor and there.name in pages and anchor not in pages[there.name].ids):
+                yield name, link
+
+
+def test_links_of_the_built_site_stay_in_it(site, tmp_path):
+    assert [(page, link) for page, link in lost(site) if page != "404.html"] == []
+    (tmp_path / "a.html").write_text(
+        '<a href="../b.html">b</a><a href="a.html#x">x</a><a id="y" href="#y">y</a>'
+    )
+    assert [link for _, link in lost(tmp_path)] == ["../b.html", "a.html#x"]
 
 
 def test_what_a_page_would_fetch_is_found():
@@ -182,4 +203,23 @@ def test_pages_open_from_a_file_without_a_network(site, browser, width):
     page.goto(f"file://{site}/idea.html")
     assert page.locator(".katex-display").count() >= 7
     assert page.evaluate("document.fonts.load('16px KaTeX_Math').then(found => found.length)") >= 1
+    page.keyboard.press("Control+k")
+    page.keyboard.type("log_variance")
+    page.locator("text=/^[0-9]+ results$/").wait_for(
+        timeout=10_000
+    )  # the index is a script, since a file may not be fetched
+    assert said == []
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_can_be_read_and_used_by_everybody(site, browser, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = browser.new_context(color_scheme=scheme).new_page()
+    for name in ("index", "idea", "from_trl", "reference_objectives"):
+        page.goto(f"file://{site}/{name}.html")
+        page.wait_for_function("document.fonts.status === 'loaded'")
+        found = [v for v in axe.run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+        assert [(v["id"], v["nodes"][0]["html"]) for v in found] == []
+    page.set_content("<html><body><p style='color: #ccc; background: #fff'>grey</p></body></html>")
+    assert "color-contrast" in {v["id"] for v in axe.run(page).response["violations"]}
