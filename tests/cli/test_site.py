@@ -162,8 +162,7 @@ def test_links_of_the_built_site_stay_in_it(site, tmp_path):
 
 
 def test_what_a_page_would_fetch_is_found():
-    reader = Fetches()
-    reader.feed(
+    reader = Page(
         '<script src="https://unpkg.com/x"></script><link href="//fonts.x/y" rel="stylesheet"><a href="https://a.b">a</a>'
     )
     assert len(reader.found) == 2
