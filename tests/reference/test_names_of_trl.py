@@ -2,9 +2,9 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,12 @@ from klimb.config.loading import NAMES
 PAGE = Path(__file__).parents[2] / "docs" / "from_trl.md"
 EXPERIMENTAL = {"KTO": "kto", "GKD": "gkd", "OnlineDPO": "online_dpo", "CPO": "cpo", "ORPO": "orpo"}
 GONE = ("PPO",)
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch):
+    """No warning that what is experimental may change: these tests would tell."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def cells(column, text):
@@ -39,9 +45,7 @@ def in_trl(name):
     if owner == "TrainingArguments":
         found = importlib.import_module("transformers").TrainingArguments
     elif stem in EXPERIMENTAL:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it may change, which is what this test is for
-            found = getattr(importlib.import_module(f"trl.experimental.{EXPERIMENTAL[stem]}"), owner, None)
+        found = getattr(importlib.import_module(f"trl.experimental.{EXPERIMENTAL[stem]}"), owner, None)
     else:
         found = getattr(trl, owner, None)
     if found is None or not option:
