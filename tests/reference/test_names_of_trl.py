@@ -12,6 +12,7 @@ import yaml
 
 from klimb.config import Config
 from klimb.config.loading import NAMES
+from klimb.config.of_trl import OF_TRL
 
 PAGE = Path(__file__).parents[2] / "docs" / "from_trl.md"
 EXPERIMENTAL = {"KTO": "kto", "GKD": "gkd", "OnlineDPO": "online_dpo", "CPO": "cpo", "ORPO": "orpo"}
@@ -118,6 +119,18 @@ def test_a_wrong_name_of_trl_is_found(name):
 )
 def test_a_wrong_name_of_klimb_is_found(name):
     assert not in_klimb(name)
+
+
+def test_who_types_a_name_of_trl_is_told_ours(klimb, tmp_path):
+    assert set(OF_TRL.values()) <= set(NAMES)
+    assert not set(OF_TRL) & set(NAMES)
+    assert set(OF_TRL) <= {name.rpartition(".")[2] for name in TRL_NAMES}
+    status, _, err = klimb("climb", "--loss_type", "dapo")
+    assert status == 2
+    assert "no option --loss_type (TRL's name; here '--method', see docs/from_trl.md)" in err
+    (tmp_path / "run.yaml").write_text("lora_r: 8\n")
+    _, _, err = klimb("climb", "-c", tmp_path / "run.yaml")
+    assert "no key 'lora_r' (TRL's name; here 'family.r'" in err
 
 
 def test_the_tables_are_read():
