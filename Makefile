@@ -34,6 +34,7 @@ quality: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check src
 
+# into site/, whose pages open from there; they fetch nothing
 docs: install
 	$(BIN)/python -m pip install --quiet --group docs
 	$(BIN)/zensical build --strict

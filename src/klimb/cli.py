@@ -238,7 +238,11 @@ def _of_run(run: Path, arguments: Sequence[str]) -> Config:
     from klimb.config import load
 
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}: holds no run; expected the output_dir of a run that was started")
+        from klimb.nearest import nearest_run
+
+        raise ValueError(
+            f"{run}: holds no run{nearest_run(run)}; expected the output_dir of a run that was started"
+        )
     return load(run / "config.yaml", [*arguments, "--output_dir", str(run)])
 
 
@@ -248,6 +252,8 @@ def _run_or_config(arguments: Sequence[str], config: Path | None) -> tuple[Path 
 
     # no typer argument: with options of any name let through, it would take an option's name for itself
     run = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
+    if config is None and not arguments:
+        raise ValueError("expected the directory of a run, or -c FILE")
     if run is not None and config is not None:
         raise ValueError(f"got the run {run} and -c {config}, expected one of them")
     return (None, load(config, arguments)) if run is None else (run, _of_run(run, arguments[1:]))

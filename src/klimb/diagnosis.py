@@ -19,6 +19,7 @@ from klimb.aim import aimed_at, recorded_aim
 from klimb.config import TAUGHT
 from klimb.data import Pool, Target
 from klimb.measure import evidence_of_pools
+from klimb.nearest import nearest_run
 from klimb.numbers.diagnose import Diagnosis, Setting, diagnose
 from klimb.numbers.estimate import Estimate
 from klimb.numbers.evidence import (
@@ -90,7 +91,9 @@ def diagnosed(
 
 def _read(path: Path, measured: Mapping[str, Any] | None) -> Run:
     if not (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: holds no run; expected the output_dir of a run that was started")
+        raise ValueError(
+            f"{path}: holds no run{nearest_run(path)}; expected the output_dir of a run that was started"
+        )
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(config, Mapping):
         raise ValueError(

@@ -36,3 +36,35 @@ def nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f": there is no folder {path.parent} either"
     return nearest(path.name, (p.name for p in path.parent.iterdir()))
+
+
+def nearest_run(path: Path) -> str:
+    """The same for a directory that should hold a run: the nearest run beside it, around it or in a folder next to its own; or those in it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("dpo", "reviews"):
+        ...         (Path(folder) / "runs" / name).mkdir(parents=True)
+        ...         (Path(folder) / "runs" / name / "config.yaml").touch()
+        ...     for name in ("runs/review", "run/reviews", "runs/reviews/report.html", "runs", "runs/x"):
+        ...         print(nearest_run(Path(folder, name)).replace(folder, ""))
+         (did you mean '/runs/reviews'?)
+         (did you mean '/runs/reviews'?)
+         (did you mean '/runs/reviews'?)
+         (it is a folder of runs: dpo, reviews)
+        <BLANKLINE>
+    """
+    inside = sorted(file.parent.name for file in path.glob("*/config.yaml"))
+    if inside:
+        return f" (it is a folder of runs: {', '.join(inside[:5])}{', ...' * (len(inside) > 5)})"
+    if not path.name:  # the current folder, or the topmost one
+        return ""
+    above = path.parent
+    if (above / "config.yaml").is_file():
+        return f" (did you mean '{above}'?)"
+    depth = 1 if above.exists() else 2  # of the names that are compared
+    files = path.parents[depth - 1].glob("/".join(["*"] * depth) + "/config.yaml")
+    runs = {"/".join(file.parts[-1 - depth : -1]): file.parent for file in files}
+    near = difflib.get_close_matches("/".join(path.parts[-depth:]), runs, n=1)
+    return f" (did you mean '{runs[near[0]]}'?)" if near else ""

@@ -27,6 +27,7 @@ from klimb.data import Pool
 from klimb.exact import check
 from klimb.exact.derivation import values_at
 from klimb.exact.problem import Problem, check_beta, check_policy, law, pad, padded, problem
+from klimb.nearest import nearest_run
 from klimb.store import StoredDraws, draws_path, read_draws, read_json
 from klimb.target import own_reward
 
@@ -150,7 +151,7 @@ def from_run(run: Path, *, beta: float | None = None) -> Given:
         ValueError: it holds no draws, or no beta, or a draw without a reward or log-probability.
     """
     if not run.is_dir():
-        raise ValueError(f"{run}: no such directory; expected that of a run")
+        raise ValueError(f"{run}: no such directory{nearest_run(run)}; expected that of a run")
     measured, planned = run / "measure.json", run / "plan.json"
     record: dict[str, Any] = {}
     plan: dict[str, Any] = {}

@@ -48,7 +48,7 @@ def test_the_python_example_runs(tiny_model, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-@pytest.mark.parametrize("name", ["make climb", "make test"])
+@pytest.mark.parametrize("name", ["make climb", "make test", "make docs"])
 def test_the_commands_are_there(name):
     target = name.split()[1]
     assert name in README

@@ -638,7 +638,7 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_used(klimb, planned):
 def test_measure_and_sample_refuse_what_they_cannot_do(klimb, tiny_run, options, planned, tmp_path):
     refused(klimb("measure", planned), ["run/policy", "no such folder"])
     refused(klimb("measure", tmp_path / "nothing"), ["holds no run"])
-    refused(klimb("measure"), ["dataset_name is missing"])
+    refused(klimb("measure"), ["the directory of a run, or -c FILE"])
     refused(klimb("plan", "--profile"), ["--profile", "steps of a training", "train or climb"])
     refused(klimb("sample", planned, "--method", "rejection"), ["bound"])
     refused(klimb("sample", planned, "--method", "gibbs"), ["gibbs", "best_of"])

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from klimb.config.of_trl import OF_TRL
 from klimb.config.options import PYTHON_ONLY, UNIONS, Config, Context
 from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, parted
@@ -70,7 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
     for name in _names_in(found):
         if name not in NAMES:
-            raise ValueError(f"{path}: no key {name!r}{nearest(name, NAMES)}; klimb schema lists them")
+            raise ValueError(f"{path}: no key {name!r}{_meant(name)}; klimb schema lists them")
     return found
 
 
@@ -88,6 +89,13 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
 
 
 NAMES = tuple(dict.fromkeys(_names(Config)))
+
+
+def _meant(name: str, prefix: str = "") -> str:
+    """The end of a message about an option that does not exist."""
+    if name in OF_TRL:
+        return f" (TRL's name; here '{prefix}{OF_TRL[name]}', see docs/from_trl.md)"
+    return nearest(name, NAMES, prefix=prefix)
 
 
 def _names_in(found: Mapping[str, Any]) -> Iterable[str]:
@@ -109,8 +117,7 @@ def _check_names(arguments: Sequence[str]) -> None:
             raise ValueError(f"command line: got {word!r}, expected an option such as --learning_rate 1e-3")
         name, equals, _ = word[2:].partition("=")
         if name not in NAMES:
-            near = nearest(name, NAMES, prefix="--")
-            raise ValueError(f"command line: no option --{name}{near}; klimb schema lists them")
+            raise ValueError(f"command line: no option --{name}{_meant(name, '--')}; klimb schema lists them")
         value = "" if equals else next(words, None)
         if value is None or value.startswith("--"):
             raise ValueError(f"command line: {word} has no value; expected {word} VALUE")
@@ -164,7 +171,7 @@ def _explained(details: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         if name in NAMES:
             return f"{name} does not go with {where[0]}.kind {details['loc'][1]}; leave it out, or change the kind"
-        return f"no key {name!r}{nearest(name, NAMES)}; klimb schema lists them"
+        return f"no key {name!r}{_meant(name)}; klimb schema lists them"
     if kind == "union_tag_invalid" and name == "target" and context["tag"] in PYTHON_ONLY:
         return f"target.kind: {context['tag']} is in Python only: klimb.target.{PYTHON_ONLY[context['tag']]}"
     if kind == "union_tag_invalid":

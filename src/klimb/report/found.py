@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from klimb.nearest import nearest_run
 from klimb.numbers.estimate import Estimate
 from klimb.store import read_json, read_jsonl
 
@@ -70,7 +71,7 @@ def read_run(run: str | Path) -> Found:
     names = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "measure.json")
     if not any((path / name).is_file() for name in names):
         raise ValueError(
-            f"{path}: got a folder without a run, expected one that holds at least one of {', '.join(names)}; "
+            f"{path}: got a folder without a run{nearest_run(path)}, expected one that holds at least one of {', '.join(names)}; "
             "name the output_dir of a run"
         )
 

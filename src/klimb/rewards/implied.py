@@ -24,6 +24,7 @@ from klimb.models.families import adapter_config
 from klimb.models.hub import DTYPES, load_model, resolve
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.trained import load_trained
+from klimb.nearest import nearest_run
 from klimb.rewards.model import folder_hash
 
 
@@ -105,7 +106,9 @@ def implied(
     """
     folder = Path(os.path.expanduser(policy))
     if not folder.is_dir():
-        raise ValueError(f"reward implied: {policy}: no such folder; expected a run or a trained policy")
+        raise ValueError(
+            f"reward implied: {policy}: no such folder{nearest_run(folder)}; expected a run or a trained policy"
+        )
     run = next((where for where in (folder, folder.parent) if (where / "config.yaml").is_file()), None)
     said = {} if run is None else yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if run == folder:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Example, Pool
+from klimb.nearest import nearest_run
 from klimb.store.whole import write_whole
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def read_draws(path: str | Path, *, expect_hashes: Mapping[str, object] | None =
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; expected draws that klimb wrote")
+        raise ValueError(f"{path}: no such file{nearest_run(Path(path))}; expected draws that klimb wrote")
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:

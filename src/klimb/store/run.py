@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from klimb.nearest import nearest_run
 from klimb.store.whole import as_yaml, clear_interrupted, write_json, write_yaml
 
 PACKAGES = (
@@ -52,7 +53,7 @@ def create_run(
     if resume:
         if not config_file.is_file():
             raise ValueError(
-                f"{run}: holds no run to resume; expected the output_dir of a run that was started"
+                f"{run}: holds no run to resume{nearest_run(run)}; expected the output_dir of a run that was started"
             )
         _same_config(run, yaml.safe_load(config_file.read_text(encoding="utf-8")), config)
         clear_interrupted(run)
