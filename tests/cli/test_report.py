@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html
 import json
 import math
 import re
@@ -182,7 +181,7 @@ def hash_of(script):
 
 
 class Page(HTMLParser):
-    """Rows of the table of draws, texts of all elements, and every tag with its attributes."""
+    """The draws it carries, texts of all elements, and every tag with its attributes."""
 
     def __init__(self, text):
         super().__init__()
@@ -192,14 +191,18 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self.inside = tag
-        if tag == "tr" and "data-who" in dict(attrs):
-            self.rows.append((dict(attrs), []))
 
     def handle_data(self, data):
+        if (
+            data.strip()
+            and self.inside == "script"
+            and self.tags[-1] == ("script", {"type": "application/json", "id": "draws-data"})
+        ):
+            for who, _, completion, more, *_, extreme in (row[:9] for row in json.loads(data)["rows"]):
+                name = "reference" if who else "policy"
+                self.rows.append({"who": name, "text": completion, "more": more, "extreme": extreme})
         if self.inside not in ("script", "style"):
             self.words.append(data)
-            if self.rows:
-                self.rows[-1][1].append(data)
 
     @property
     def text(self):
@@ -297,17 +300,15 @@ def test_the_policy_of_the_page_names_exactly_its_own_scripts(whole):
 def test_a_hostile_completion_stays_text(whole):
     _, page, parsed = whole
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert scripts == [{"type": "application/json", "id": "charts"}, {}, {}]
+    data = [{"type": "application/json", "id": name} for name in ("charts", "draws-data")]
+    assert scripts == [*data, {}, {}]
     assert not [tag for tag, attributes in parsed.tags if tag == "img" or "onerror" in attributes]
-    shown = ["".join(data) for attributes, data in parsed.rows if attributes["data-who"] == "policy"]
+    shown = [row["text"] for row in parsed.rows if row["who"] == "policy"]
     assert shown
     assert all(HOSTILE in text for text in shown)  # the mutant below loses it
-    mutant = Page(
-        page.replace(
-            html.escape(HOSTILE, quote=True).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"), HOSTILE
-        )
-    )
-    assert len([tag for tag, _ in mutant.tags if tag == "script"]) > 3
+    written = HOSTILE.replace("<", "\\u003c").replace(">", "\\u003e").replace('"', '\\"')
+    assert written in page
+    assert len(re.findall("<script", page.replace(written, HOSTILE))) > len(re.findall("<script", page))
 
 
 def test_hostile_words_elsewhere_stay_text(tmp_path):
@@ -323,7 +324,7 @@ def test_hostile_words_elsewhere_stay_text(tmp_path):
     store.append_jsonl(run / "metrics.jsonl", *records)
     page = write_report(run).read_text(encoding="utf-8")
     tags = Page(page).tags
-    assert len([tag for tag, _ in tags if tag == "script"]) == 3
+    assert len([tag for tag, _ in tags if tag == "script"]) == 4
     assert not [tag for tag, _ in tags if tag == "img"]
     assert charts_of(page)["time"]["encoding"]["color"]["scale"]["domain"] == [HOSTILE]
 
@@ -332,7 +333,7 @@ def test_tables_have_headers_and_fields_have_labels(whole):
     tags = whole[2].tags
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in tags if tag == "th")
     fields = [tag for tag, attributes in tags if tag in ("input", "select")]
-    assert len(fields) == len([tag for tag, _ in tags if tag == "label"]) == 4
+    assert len(fields) == len([tag for tag, _ in tags if tag == "label"]) == 8
     regions = [attributes for tag, attributes in tags if attributes.get("class") == "scroll"]
     assert all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in regions)
     charts = [attributes for tag, attributes in tags if attributes.get("class") == "chart"]
@@ -467,7 +468,7 @@ def test_a_run_that_is_not_measured(tmp_path):
         r"trained for 20 steps: reward from \S+ \[.*?\] to \S+ \[.*?\]\.\s+It has not been measured yet",
         page.text,
     )
-    shown = [attributes["data-who"] for attributes, _ in page.rows]
+    shown = [row["who"] for row in page.rows]
     assert (shown.count("policy"), shown.count("reference")) == (32, 64)
     assert "train-000060.parquet" in page.text
 
@@ -585,16 +586,16 @@ def test_a_page_of_a_large_run_stays_below_three_megabytes(tmp_path):
     page = write_report(run)
     assert page.stat().st_size <= 3_000_000
     parsed = Page(page.read_text(encoding="utf-8"))
-    assert 300 < len(parsed.rows) <= 2000
-    assert "␀" in parsed.text
-    assert "\x00" not in parsed.text
-    assert "more characters" in parsed.text
+    assert 300 < len(parsed.rows) <= 1400
+    assert all("␀" in row["text"] for row in parsed.rows if row["who"] == "policy")
+    assert not any("\x00" in row["text"] for row in parsed.rows)
+    assert any(row["more"] for row in parsed.rows)
 
 
-def test_two_thousand_plain_draws_are_all_there(tmp_path):
+def test_1400_plain_draws_are_there(tmp_path):
     run = make_run(tmp_path / "run", steps=5, size=(100, 12))
     page = write_report(run)
-    assert len(Page(page.read_text(encoding="utf-8")).rows) == 2000
+    assert len(Page(page.read_text(encoding="utf-8")).rows) == 1400
     assert page.stat().st_size <= 3_000_000
 
 
@@ -627,9 +628,7 @@ def test_in_a_browser_it_draws_filters_and_runs_nothing_else(whole, tmp_path):
     )
     assert "<title>reviews · klimb report</title>" in done.stdout
     assert done.stdout.count('<svg xmlns="http://www.w3.org/2000/svg"') == 5
-    rows = Page(done.stdout).rows
-    shown = ["".join(data) for attributes, data in rows if "hidden" not in attributes]
-    assert len(rows) == 768
-    found = sorted(re.findall(r"Number (\S+) of", " ".join(shown)))
+    table = re.search(r'id="draws-table">(.*?)</table>', done.stdout, re.DOTALL).group(1)
+    found = sorted(re.findall(r"Number (\S+) of", table))
     assert found == ["13-7", "23-7", "3-7"]  # the reference's: the policy's all say the hostile thing
     assert "3 of 768 draws shown" in done.stdout

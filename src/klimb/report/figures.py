@@ -98,11 +98,29 @@ def frontier_chart(found: Found) -> Spec | None:
             ),
             bars.mark_text(align="left", dx=8, dy=11, fill="var(--muted)").encode(x=x, y=y, text="label:N"),
         ]
-    return _finished(
+    here = predicted(found) if curve else None
+    if here is not None:
+        layers.append(
+            alt.Chart(alt.NamedData("here"))
+            .mark_point(shape="circle", stroke="var(--ink)", strokeWidth=2.5, size=260, filled=False)
+            .encode(x=x, y=y, tooltip=_tooltip(alt, "beta", "reward_text", "kl_text"))
+        )
+    spec = _finished(
         alt.layer(*layers),
         HEIGHT,
         "The predicted frontier of reward against KL in nats, with what was reached; the same in numbers below.",
     )
+    if here is not None:
+        spec["datasets"]["here"] = [
+            {
+                "kl": here.kl.value,
+                "reward": here.reward.value,
+                "beta": short(here.beta),
+                "reward_text": both(here.reward),
+                "kl_text": f"{both(here.kl)} nats",
+            }
+        ]
+    return spec
 
 
 # colour and shape of each kind of mark
@@ -219,6 +237,40 @@ def _joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         else:
             joined.append((start, end))
     return joined
+
+
+def histogram_chart(bins: Sequence[Mapping[str, Any]] | None) -> Spec | None:
+    """Shares of the rewards under the reference, filled, and under its tilt, outlined; rows named "bins".
+
+    Args:
+        bins: rows of from, to, what ("reference" or "best policy") and share.
+    """
+    if not bins:
+        return None
+    alt = _altair()
+    names = ["reference", "best policy"]
+    colour = alt.Color(
+        "what:N", title=None, scale=alt.Scale(domain=names, range=["var(--muted)", "var(--accent)"])
+    )
+    encoded = {
+        "x": alt.X("from:Q", title="reward", scale=alt.Scale(nice=False, zero=False)),
+        "x2": "to:Q",
+        "y": alt.Y("share:Q", title="share of draws", stack=False, axis=alt.Axis(format="%")),
+        "y2": alt.datum(0),
+        "color": colour,
+    }
+    base = alt.Chart(alt.NamedData("bins"))
+    solid, outline = (base.transform_filter(f"datum.what == '{what}'") for what in names)
+    spec = _finished(
+        alt.layer(
+            solid.mark_bar(opacity=0.35, strokeWidth=0).encode(**encoded),
+            outline.mark_bar(fillOpacity=0.12, strokeWidth=2, stroke="var(--accent)").encode(**encoded),
+        ),
+        200,
+        "Histogram of rewards under the reference and under the best policy at the slider's beta.",
+    )
+    spec["datasets"]["bins"] = [dict(row) for row in bins]
+    return spec
 
 
 def step_charts(found: Found) -> dict[str, Spec]:
@@ -381,14 +433,15 @@ def _finished(chart: Any, height: int, said: str) -> Spec:
     """One size and one look for all of them; rows that several layers show are written once."""
     spec = chart.properties(width="container", height=height, description=said).to_dict()
     rows: list[Any] = []
+    named = spec.pop("datasets", {})
     for part in [spec, *spec.get("layer", [])]:
-        if "data" not in part:
-            continue  # rows that all layers share stand at the top already
+        if "values" not in part.get("data", {}):
+            continue  # rows that all layers share stand at the top already; rows with a name the page replaces
         values = part["data"]["values"]
         if values not in rows:
             rows.append(values)
         part["data"] = {"name": f"rows-{rows.index(values)}"}
-    spec["datasets"] = {f"rows-{i}": values for i, values in enumerate(rows)}
+    spec["datasets"] = {**named, **{f"rows-{i}": values for i, values in enumerate(rows)}}
     words = {"labelColor": "var(--muted)", "titleColor": "var(--ink)", "labelFont": FONT, "titleFont": FONT}
     spec["config"] = {
         "background": "transparent",
