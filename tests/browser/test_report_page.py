@@ -12,6 +12,7 @@ from klimb.numbers.frontier import default_betas, frontier
 from klimb.numbers.tilt import log_partition, tilted_kl, tilted_mean
 from klimb.numbers.weights import effective_sample_size
 from klimb.report import write_report
+from klimb.report.draws import token_lengths
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -293,3 +294,39 @@ def test_policy_and_reference_stand_side_by_side(run, open_page):
     before = page.inner_text("#beside")
     page.click("#beside-after")
     assert page.inner_text("#beside") != before
+
+
+def test_the_page_of_a_real_run_has_coloured_tokens_and_no_complaint(
+    make_run, options, klimb, open_page, complaints, tmp_path
+):
+    """A run of the tiny model through the command line: tokens cover their text, some are marked, axe is content."""
+    settings = make_run(tmp_path) | {"learning_rate": 0.05, "max_steps": 10}
+    assert klimb("climb", *options(settings))[0] == 0
+    run = tmp_path / "run"
+    page = open_page(run / "report.html")
+    assert page.errors == []
+    page.select_option("[name=show]", "all")
+    marks = page.locator("#draws-table [class^=up], #draws-table [class^=down]")
+    assert marks.count() > 0
+    assert "nats" in marks.first.get_attribute("title")
+    told = page.locator("#draws-table td:nth-child(4) .text").all_inner_texts()
+    drawn = {
+        t
+        for name in ("measure", "measure-reference")
+        for row in store.read_draws(run / "draws" / f"{name}.parquet").draws.texts
+        for t in row
+    }
+    assert told
+    assert set(told) <= drawn
+    assert complaints(page) == []
+
+
+def test_token_lengths_add_up_to_the_text(tiny_model):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    assert token_lengths(words, words.encode("good film").ids, "good film") == [4, 5]
+    assert token_lengths(words, words.encode("good film").ids, "another text") is None
+    letters = tokenizers.ByteLevelBPETokenizer()
+    letters.train_from_iterator(["a"], vocab_size=256 + 1)
+    ids = letters.encode("a\U0001f525b").ids  # four bytes of one letter: it counts with the last of them
+    assert token_lengths(letters, ids, "a\U0001f525b") == [1, 0, 0, 0, 1, 1]

@@ -16,8 +16,10 @@ import torch
 
 from klimb import store
 from klimb.data import Draws, Example
+from klimb.numbers.frontier import default_betas
+from klimb.numbers.frontier import frontier as library_frontier
 from klimb.report import draws as report_draws
-from klimb.report import figures, page, words, write_report
+from klimb.report import figures, page, reached, words, write_report
 from klimb.report import found as report_found
 
 pytest.importorskip("altair")
@@ -375,7 +377,7 @@ def test_what_is_not_trusted_is_hatched_and_dashed_and_only_that(whole):
     assert len(strokes) > 10
     assert min(stroke["kl"] for stroke in strokes) >= border
     assert max(stroke["kl2"] for stroke in strokes) <= plan["frontier"][-1]["kl"]["value"] + 1e-9
-    (line,) = [layer for layer in layers if layer["mark"]["type"] == "line"]
+    (line,) = [layer for layer in layers if "strokeDash" in layer["encoding"]]
     for row in rows_of(spec, line):
         assert row["trusted"] == (row["kl"] <= border) or row["kl"] == border
     assert any("not trusted" in str(layer["encoding"].get("text")) for layer in layers)
@@ -433,6 +435,54 @@ def test_the_prediction_between_two_points_of_the_grid():
 def found_with(**files):
     nothing = {"config": "", "environment": {}, "plan": {}, "steps": [], "measurement": {}, "draws": []}
     return report_found.Found(path=Path("run"), **{**nothing, **files})
+
+
+def test_the_ellipse_is_that_of_resampled_prompts(tmp_path):
+    """Its half widths are those of a bootstrap over prompts, by the root of the quantiles' ratio; the mutant is one axis'."""
+    run = make_run(tmp_path / "run", steps=2, size=(64, 8))
+    draws, reward = make_draws(64, 8, better=0.25)
+    away = reward + 0.5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
+    known = {"reward": reward, "log_pi": draws.log_q, "log_ref": draws.log_q - away}
+    (run / "draws" / "measure-policy.parquet").unlink()
+    store.write_draws(run / "draws" / "measure.parquet", draws, verb="measure", hashes={}, **known)
+    found = report_found.read_run(run)
+    policy = report_found.as_point(found.measurement)
+    rows = reached.ellipse_rows(found, policy)
+    means = torch.stack([away.mean(1), reward.mean(1)]).double()
+    picks = torch.randint(64, (4000, 64), generator=torch.Generator().manual_seed(3))
+    resampled = means[:, picks].mean(-1)
+    wide = [resampled[i].std().item() * math.sqrt(reached.CHI2) for i in (0, 1)]
+    for i, (name, centre) in enumerate((("kl", policy.kl.value), ("reward", policy.reward.value))):
+        assert max(row[name] for row in rows) - centre == pytest.approx(wide[i], rel=0.06)
+        assert max(row[name] for row in rows) - centre != pytest.approx(wide[1 - i], rel=0.06)
+    together = [(row["kl"] - policy.kl.value) * (row["reward"] - policy.reward.value) for row in rows[:-1]]
+    expected = torch.cov(resampled)[0, 1].item() * reached.CHI2 / 2
+    assert sum(together) / len(together) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_ceiling_is_never_below_the_frontier():
+    g = torch.Generator().manual_seed(1)
+    reward = torch.randn(32, 64, generator=g)
+    points = library_frontier(reward, default_betas(reward), generator=g, num_resamples=200)
+    plan = {
+        "frontier": [
+            {n: x.as_dict() if hasattr(x, "as_dict") else x for n, x in vars(p).items()} for p in points
+        ]
+    }
+    found = report_found.frontier(found_with(plan=plan))
+    rows = reached.ceiling_rows(found, found[-1].kl.value)
+    kl = [p.kl.value for p in found]
+    for row in rows[1:]:
+        at = min(range(len(kl)), key=lambda i: abs(kl[i] - row["kl"]))
+        assert row["reward"] > found[at].reward.value - 0.05
+    assert [row["reward"] for row in rows] == sorted(row["reward"] for row in rows)
+
+
+def test_the_way_of_training_is_means_of_its_stretches():
+    steps = [{"step": i, "reward": est(float(i), 0.1), "kl": est(i / 10, 0.1)} for i in range(1, 17)]
+    rows = reached.trajectory_rows(found_with(steps=steps), 4)
+    assert [row["reward"] for row in rows] == [2.5, 6.5, 10.5, 14.5]
+    assert [row["steps"] for row in rows] == ["1 to 4", "5 to 8", "9 to 12", "13 to 16"]
 
 
 # What is not there yet.

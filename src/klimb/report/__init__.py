@@ -3,6 +3,7 @@
 found.py     what the run left on disk, and what is not there yet
 words.py     numbers and verdicts in plain words
 figures.py   charts, as Vega-Lite specifications
+reached.py   the ceiling, the way of training, the policy's ellipse
 draws.py     which completions the page carries
 pool.py      the plan's rewards, from which the slider of beta computes
 page.py      all of it in one file: page.html, page.css, and tilt.js, slider.js, table.js, draws.js, page.js

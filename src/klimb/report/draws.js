@@ -22,7 +22,7 @@ function startDraws() {
     let start = 0;
     lengths.forEach((signed, i) => {
       const length = signed & 255, ratio = ratios[i] / SCALE;
-      const step = Math.min(Math.ceil(Math.abs(ratio) / 1.0 - 0.5), 3);
+      const step = Math.min(Math.ceil(Math.abs(ratio)  - 0.5), 3);
       const text = letters.slice(start, start + length).join("");
       start += length;
       if (!text) return;

@@ -10,9 +10,11 @@ import base64
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -51,6 +53,7 @@ class Row:
         finished: whether it ended by itself.
         extreme: whether it is among the best and worst of all.
         tokens: characters of each token and its log pi - log ref in nats; empty if unknown.
+        file: that it is from.
     """
 
     who: str
@@ -66,6 +69,7 @@ class Row:
     finished: bool
     extreme: bool = False
     tokens: Sequence[tuple[int, float]] = ()
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def draw_table(
     paths: Sequence[Path],
     *,
     beta: float | None = None,
+    tokenizer: Path | None = None,
     max_rows: int = MAX_ROWS,
     max_bytes: int = MAX_BYTES,
 ) -> Table:
@@ -89,6 +94,7 @@ def draw_table(
     Args:
         paths: Parquet files of a run.
         beta: of the best policy that weights are of.
+        tokenizer: tokenizer.json, which tells where tokens begin; without it they are not coloured.
         max_rows: policy and reference together.
         max_bytes: of their text, escaped.
 
@@ -97,16 +103,21 @@ def draw_table(
     """
     rows: list[Row] = []
     files: list[str] = []
+    stored: dict[str, StoredDraws] = {}
     drawn = 0
     for who in ("policy", "reference"):
         for path in _sources(paths, who):
             if sum(row.who == who for row in rows) >= max_rows // 4:
                 break  # enough of training's last steps
-            found = rows_of(read_draws(path), who, beta)
+            read = read_draws(path)
+            found = rows_of(read, who, beta, path.name)
+            stored[path.name] = read
             rows += found
             drawn += len(found)
             files += [path.name] if found else []
     kept = chosen_rows(rows, max_rows, max_bytes)
+    if tokenizer is not None and tokenizer.is_file():
+        kept = with_tokens(kept, stored, tokenizer)
     return Table(sorted(kept, key=lambda row: -row.reward), files, drawn)
 
 
@@ -167,7 +178,60 @@ def _sources(paths: Sequence[Path], who: str) -> list[Path]:
     return []
 
 
-def rows_of(stored: StoredDraws, who: str, beta: float | None) -> list[Row]:
+def with_tokens(rows: Sequence[Row], stored: Mapping[str, StoredDraws], tokenizer: Path) -> list[Row]:
+    """The rows with the characters of each token and its log pi - log ref, where both are known and the pieces fit."""
+    from tokenizers import Tokenizer
+
+    pieces = Tokenizer.from_file(str(tokenizer))
+    ratios: dict[str, Sequence[Sequence[float]]] = {}
+    for name, read in stored.items():
+        if read.token_log_pi is not None and read.token_log_ref is not None:
+            parts = (read.token_log_pi - read.token_log_ref).split(read.draws.lengths.flatten().tolist())
+            ratios[name] = [part.tolist() for part in parts]
+    coloured = []
+    for row in rows:
+        own: Sequence[tuple[int, float]] = ()
+        if row.file in ratios:
+            draws = stored[row.file].draws
+            assert draws.texts is not None
+            ids = draws.completions[row.place][row.draw].tolist()
+            lengths = token_lengths(pieces, ids, draws.texts[row.place][row.draw])
+            known = ratios[row.file][row.place * draws.num_draws + row.draw]
+            if lengths is not None and all(map(math.isfinite, known)):
+                own = _until(list(zip(lengths, known, strict=True)), LONGEST)
+        coloured.append(replace(row, tokens=own))
+    return coloured
+
+
+def token_lengths(tokenizer: Any, ids: Sequence[int], text: str) -> list[int] | None:
+    """Characters of each token of a completion; None where they do not add up to its text, or one is longer than a byte says."""
+    pieces = tokenizer.decode_batch([[i] for i in ids])
+    if "".join(pieces) != text:  # a letter of several tokens, or words that are joined by spaces
+        ends = [0]
+        for k in range(1, len(ids) + 1):
+            begun = tokenizer.decode(ids[:k]).rstrip("\ufffd")
+            ends.append(max(len(begun), ends[-1]) if text.startswith(begun) else ends[-1])
+        if ends[-1] != len(text):
+            return None
+        return _bytes([b - a for a, b in pairwise(ends)])
+    return _bytes([len(piece) for piece in pieces])
+
+
+def _bytes(lengths: list[int]) -> list[int] | None:
+    return lengths if max(lengths, default=0) < 256 else None
+
+
+def _until(tokens: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """Whole tokens within so many characters."""
+    total = 0
+    for i, (length, _) in enumerate(tokens):
+        total += length
+        if total > most:
+            return tokens[:i]
+    return tokens
+
+
+def rows_of(stored: StoredDraws, who: str, beta: float | None, file: str = "") -> list[Row]:
     """Every scored draw of a file."""
     draws = stored.draws
     if stored.reward is None or draws.texts is None:
@@ -204,6 +268,7 @@ def rows_of(stored: StoredDraws, who: str, beta: float | None) -> list[Row]:
                     ratio if math.isfinite(ratio) else None,
                     weights[p][g] if weights else None,
                     finished[p][g],
+                    file=file,
                 )
             )
     return rows

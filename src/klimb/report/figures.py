@@ -27,6 +27,7 @@ from klimb.report.found import (
     predicted,
     reference_reward,
 )
+from klimb.report.reached import ceiling_rows, ellipse_rows, trajectory_rows
 from klimb.report.words import both, short
 
 Spec = dict[str, Any]
@@ -80,6 +81,7 @@ def frontier_chart(found: Found) -> Spec | None:
                 .mark_text(align="right", fontStyle="italic", fill="var(--muted)")
                 .encode(x=x, y=alt.value(HEIGHT - 10), text=alt.value("hatched: not trusted, too few draws"))
             )
+    layers += _reached(alt, found, points, x, y)
     if marks:
         kinds = list(dict.fromkeys(mark["what"] for mark in marks))
         look = [LOOKS[mark["kind"]] for mark in {m["what"]: m for m in marks}.values()]
@@ -121,6 +123,37 @@ def frontier_chart(found: Found) -> Spec | None:
             }
         ]
     return spec
+
+
+def _reached(alt: ModuleType, found: Found, points: Sequence[Point], x: Any, y: Any) -> list[Any]:
+    """The ceiling, dotted; the way of training, thin with small points; the policy's ellipse."""
+    layers = []
+    policy = as_point(found.measurement)
+    far = max([p.kl.value for p in points] + ([policy.kl.value] if policy is not None else []), default=0.0)
+    ceiling = ceiling_rows(points, far)
+    if ceiling:
+        layers.append(
+            _chart(alt, ceiling)
+            .mark_line(stroke="var(--muted)", strokeWidth=1.5, strokeDash=[2, 3], clip=True)
+            .encode(x=x, y=y)
+        )
+    way = trajectory_rows(found)
+    if way:
+        base = _chart(alt, way)
+        layers += [
+            base.mark_line(stroke="var(--red)", strokeWidth=1, opacity=0.6).encode(x=x, y=y, order="place:Q"),
+            base.mark_point(fill="var(--red)", strokeWidth=0, size=22, opacity=0.7).encode(
+                x=x, y=y, tooltip=_tooltip(alt, "steps", "reward_text", "kl_text")
+            ),
+        ]
+    ellipse = ellipse_rows(found, policy) if policy is not None else []
+    if ellipse:
+        layers.append(
+            _chart(alt, ellipse)
+            .mark_line(stroke="var(--red)", strokeWidth=1.5, fill="var(--red)", fillOpacity=0.1)
+            .encode(x=x, y=y, order="place:Q")
+        )
+    return layers
 
 
 # colour and shape of each kind of mark
@@ -250,7 +283,10 @@ def histogram_chart(bins: Sequence[Mapping[str, Any]] | None) -> Spec | None:
     alt = _altair()
     names = ["reference", "best policy"]
     colour = alt.Color(
-        "what:N", title=None, scale=alt.Scale(domain=names, range=["var(--muted)", "var(--accent)"])
+        "what:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=["var(--muted)", "var(--accent)"]),
+        legend=alt.Legend(symbolStrokeWidth=0),
     )
     encoded = {
         "x": alt.X("from:Q", title="reward", scale=alt.Scale(nice=False, zero=False)),

@@ -114,7 +114,7 @@ def _charts(found: Found, pool: CarriedPool | None) -> dict[str, Spec]:
 def render(found: Found) -> str:
     """The page as text."""
     beta, why = chosen_beta(found)
-    table = draw_table(found.draws, beta=beta)
+    table = draw_table(found.draws, beta=beta, tokenizer=found.path / "policy" / "tokenizer.json")
     prompts, rows = table_record(table)
     pool = carried_pool(found)
     who = {row.who for row in table.rows}
@@ -135,6 +135,7 @@ def render(found: Found) -> str:
             figures=figures_of(found),
             warnings=warnings_of(found),
             dead=dead_prompts(found),
+            rewards=each_reward(found),
             charts=_charts(found, pool),
             pool=None if pool is None else _pool(pool),
             frontier=frontier(found),
@@ -204,6 +205,15 @@ def _pool(pool: CarriedPool) -> dict[str, object]:
         "all": pool.reward.numel(),
         "texts": len(pool.rows),
         "file": pool.file,
+    }
+
+
+def each_reward(found: Found) -> dict[str, dict[str, Estimate | None]]:
+    """Where several rewards are asked: each one's mean under policy and reference, and its agreement with their sum."""
+    written = found.measurement.get("rewards") or found.plan.get("rewards") or {}
+    return {
+        name: {key: as_estimate(part.get(key)) for key in ("policy", "reference", "agreement")}
+        for name, part in written.items()
     }
 
 
