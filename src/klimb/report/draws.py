@@ -322,7 +322,7 @@ def as_json(value: object) -> Markup:
 
     Example:
         >>> print(as_json("</script>"))
-        "\\u003c/script\\u003e"
+        "\u003c/script\u003e"
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for c in "<>&\u2028\u2029":

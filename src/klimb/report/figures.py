@@ -326,7 +326,32 @@ def step_charts(found: Found) -> dict[str, Spec]:
             ),
         }
         charts |= {name: _number_chart(found.steps, name, *words) for name, words in plain.items()}
+    charts |= {name: _number_chart(found.steps, name, title, said) for name, (title, said) in HEALTH.items()}
     return {name: spec for name, spec in charts.items() if spec is not None}
+
+
+HEALTH = {
+    "grad_norm": (
+        "norm of the gradient",
+        "Norm of the gradient before it is clipped; a jump is a step to look at.",
+    ),
+    "residual_std": (
+        "sd of the residual, nats",
+        "Spread of log target less log policy within a prompt, nats; 0 at the best policy.",
+    ),
+    "completion_length": (
+        "completion, tokens",
+        "Mean length of a batch's completions in tokens; a reward that likes length shows here.",
+    ),
+    "finished": ("share that ended", "Share of completions that ended before the length limit."),
+    "entropy": ("entropy, nats", "Entropy of the policy a token, nats; a fall to 0 is a collapse."),
+    "ess": ("ESS, draws", "Effective draws of a batch's weights; few means that few draws decide."),
+    "sampler_error_mean": (
+        "|sampler − scorer|, nats",
+        "Mean difference of log-probability between drawing and scoring a completion, nats.",
+    ),
+}
+"""numbers of a step beside its estimates -> axis with its unit, and a line that explains it"""
 
 
 def _step_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said: str) -> Spec | None:

@@ -25,6 +25,7 @@ from klimb.report.audit import reliability_chart, scores_chart
 from klimb.report.compared import Comparison, compare
 from klimb.report.draws import as_json, cut, draw_table, spoken, table_record
 from klimb.report.figures import (
+    HEALTH,
     Spec,
     frontier_chart,
     histogram_chart,
@@ -117,6 +118,7 @@ def render(found: Found) -> str:
     table = draw_table(found.draws, beta=beta, tokenizer=found.path / "policy" / "tokenizer.json")
     prompts, rows = table_record(table)
     pool = carried_pool(found)
+    charts = _charts(found, pool)
     who = {row.who for row in table.rows}
     spent = seconds_spent(found)
     headline, lede = words.headline(found)
@@ -136,7 +138,8 @@ def render(found: Found) -> str:
             warnings=warnings_of(found),
             dead=dead_prompts(found),
             rewards=each_reward(found),
-            charts=_charts(found, pool),
+            charts=charts,
+            health=[name for name in HEALTH if name in charts],
             pool=None if pool is None else _pool(pool),
             frontier=frontier(found),
             spent=spent,
