@@ -3,8 +3,10 @@
 found.py     what the run left on disk, and what is not there yet
 words.py     numbers and verdicts in plain words
 figures.py   charts, as Vega-Lite specifications
+reached.py   the ceiling, the way of training, the policy's ellipse
 draws.py     which completions the page carries
-page.py      all of it in one file: page.html, page.css, page.js
+pool.py      the plan's rewards, from which the slider of beta computes
+page.py      all of it in one file: page.html, page.css, and tilt.js, slider.js, table.js, draws.js, page.js
 compared.py  several runs side by side; overlay.py their chart, compared.html their page
 files.py     charts as PNG and SVG
 """

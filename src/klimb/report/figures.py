@@ -27,6 +27,7 @@ from klimb.report.found import (
     predicted,
     reference_reward,
 )
+from klimb.report.reached import ceiling_rows, ellipse_rows, trajectory_rows
 from klimb.report.words import both, short
 
 Spec = dict[str, Any]
@@ -80,6 +81,7 @@ def frontier_chart(found: Found) -> Spec | None:
                 .mark_text(align="right", fontStyle="italic", fill="var(--muted)")
                 .encode(x=x, y=alt.value(HEIGHT - 10), text=alt.value("hatched: not trusted, too few draws"))
             )
+    layers += _reached(alt, found, points, x, y)
     if marks:
         kinds = list(dict.fromkeys(mark["what"] for mark in marks))
         look = [LOOKS[mark["kind"]] for mark in {m["what"]: m for m in marks}.values()]
@@ -98,11 +100,60 @@ def frontier_chart(found: Found) -> Spec | None:
             ),
             bars.mark_text(align="left", dx=8, dy=11, fill="var(--muted)").encode(x=x, y=y, text="label:N"),
         ]
-    return _finished(
+    here = predicted(found) if curve else None
+    if here is not None:
+        layers.append(
+            alt.Chart(alt.NamedData("here"))
+            .mark_point(shape="circle", stroke="var(--ink)", strokeWidth=2.5, size=260, filled=False)
+            .encode(x=x, y=y, tooltip=_tooltip(alt, "beta", "reward_text", "kl_text"))
+        )
+    spec = _finished(
         alt.layer(*layers),
         HEIGHT,
         "The predicted frontier of reward against KL in nats, with what was reached; the same in numbers below.",
     )
+    if here is not None:
+        spec["datasets"]["here"] = [
+            {
+                "kl": here.kl.value,
+                "reward": here.reward.value,
+                "beta": short(here.beta),
+                "reward_text": both(here.reward),
+                "kl_text": f"{both(here.kl)} nats",
+            }
+        ]
+    return spec
+
+
+def _reached(alt: ModuleType, found: Found, points: Sequence[Point], x: Any, y: Any) -> list[Any]:
+    """The ceiling, dotted; the way of training, thin with small points; the policy's ellipse."""
+    layers = []
+    policy = as_point(found.measurement)
+    far = max([p.kl.value for p in points] + ([policy.kl.value] if policy is not None else []), default=0.0)
+    ceiling = ceiling_rows(points, far)
+    if ceiling:
+        layers.append(
+            _chart(alt, ceiling)
+            .mark_line(stroke="var(--muted)", strokeWidth=1.5, strokeDash=[2, 3], clip=True)
+            .encode(x=x, y=y)
+        )
+    way = trajectory_rows(found)
+    if way:
+        base = _chart(alt, way)
+        layers += [
+            base.mark_line(stroke="var(--red)", strokeWidth=1, opacity=0.6).encode(x=x, y=y, order="place:Q"),
+            base.mark_point(fill="var(--red)", strokeWidth=0, size=22, opacity=0.7).encode(
+                x=x, y=y, tooltip=_tooltip(alt, "steps", "reward_text", "kl_text")
+            ),
+        ]
+    ellipse = ellipse_rows(found, policy) if policy is not None else []
+    if ellipse:
+        layers.append(
+            _chart(alt, ellipse)
+            .mark_line(stroke="var(--red)", strokeWidth=1.5, fill="var(--red)", fillOpacity=0.1)
+            .encode(x=x, y=y, order="place:Q")
+        )
+    return layers
 
 
 # colour and shape of each kind of mark
@@ -221,6 +272,43 @@ def _joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return joined
 
 
+def histogram_chart(bins: Sequence[Mapping[str, Any]] | None) -> Spec | None:
+    """Shares of the rewards under the reference, filled, and under its tilt, outlined; rows named "bins".
+
+    Args:
+        bins: rows of from, to, what ("reference" or "best policy") and share.
+    """
+    if not bins:
+        return None
+    alt = _altair()
+    names = ["reference", "best policy"]
+    colour = alt.Color(
+        "what:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=["var(--muted)", "var(--accent)"]),
+        legend=alt.Legend(symbolStrokeWidth=0),
+    )
+    encoded = {
+        "x": alt.X("from:Q", title="reward", scale=alt.Scale(nice=False, zero=False)),
+        "x2": "to:Q",
+        "y": alt.Y("share:Q", title="share of draws", stack=False, axis=alt.Axis(format="%")),
+        "y2": alt.datum(0),
+        "color": colour,
+    }
+    base = alt.Chart(alt.NamedData("bins"))
+    solid, outline = (base.transform_filter(f"datum.what == '{what}'") for what in names)
+    spec = _finished(
+        alt.layer(
+            solid.mark_bar(opacity=0.35, strokeWidth=0).encode(**encoded),
+            outline.mark_bar(fillOpacity=0.12, strokeWidth=2, stroke="var(--accent)").encode(**encoded),
+        ),
+        200,
+        "Histogram of rewards under the reference and under the best policy at the slider's beta.",
+    )
+    spec["datasets"]["bins"] = [dict(row) for row in bins]
+    return spec
+
+
 def step_charts(found: Found) -> dict[str, Spec]:
     """Reward, KL and regularised reward over the steps, as far as they were recorded."""
     wanted = {
@@ -238,7 +326,32 @@ def step_charts(found: Found) -> dict[str, Spec]:
             ),
         }
         charts |= {name: _number_chart(found.steps, name, *words) for name, words in plain.items()}
+    charts |= {name: _number_chart(found.steps, name, title, said) for name, (title, said) in HEALTH.items()}
     return {name: spec for name, spec in charts.items() if spec is not None}
+
+
+HEALTH = {
+    "grad_norm": (
+        "norm of the gradient",
+        "Norm of the gradient before it is clipped; a jump is a step to look at.",
+    ),
+    "residual_std": (
+        "sd of the residual, nats",
+        "Spread of log target less log policy within a prompt, nats; 0 at the best policy.",
+    ),
+    "completion_length": (
+        "completion, tokens",
+        "Mean length of a batch's completions in tokens; a reward that likes length shows here.",
+    ),
+    "finished": ("share that ended", "Share of completions that ended before the length limit."),
+    "entropy": ("entropy, nats", "Entropy of the policy a token, nats; a fall to 0 is a collapse."),
+    "ess": ("ESS, draws", "Effective draws of a batch's weights; few means that few draws decide."),
+    "sampler_error_mean": (
+        "|sampler − scorer|, nats",
+        "Mean difference of log-probability between drawing and scoring a completion, nats.",
+    ),
+}
+"""numbers of a step beside its estimates -> axis with its unit, and a line that explains it"""
 
 
 def _step_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, said: str) -> Spec | None:
@@ -381,14 +494,15 @@ def _finished(chart: Any, height: int, said: str) -> Spec:
     """One size and one look for all of them; rows that several layers show are written once."""
     spec = chart.properties(width="container", height=height, description=said).to_dict()
     rows: list[Any] = []
+    named = spec.pop("datasets", {})
     for part in [spec, *spec.get("layer", [])]:
-        if "data" not in part:
-            continue  # rows that all layers share stand at the top already
+        if "values" not in part.get("data", {}):
+            continue  # rows that all layers share stand at the top already; rows with a name the page replaces
         values = part["data"]["values"]
         if values not in rows:
             rows.append(values)
         part["data"] = {"name": f"rows-{rows.index(values)}"}
-    spec["datasets"] = {f"rows-{i}": values for i, values in enumerate(rows)}
+    spec["datasets"] = {**named, **{f"rows-{i}": values for i, values in enumerate(rows)}}
     words = {"labelColor": "var(--muted)", "titleColor": "var(--ink)", "labelFont": FONT, "titleFont": FONT}
     spec["config"] = {
         "background": "transparent",

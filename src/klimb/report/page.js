@@ -1,36 +1,20 @@
-// Draws the charts and filters the table of draws. Everything it shows is in the page already.
+// Draws the charts and starts what moves. Everything it shows is in the page already.
 "use strict";
 
-const specs = JSON.parse(document.getElementById("charts").textContent);
-for (const [name, spec] of Object.entries(specs)) {
-  // ast: expressions are interpreted, so that the page's policy need not allow eval
-  vegaEmbed(`#chart-${name}`, spec, { actions: false, renderer: "svg", ast: true });
-}
-
-const filters = document.getElementById("filters");
-if (filters) {
-  const { show, who, prompt, search } = filters.elements;
-  const count = document.getElementById("count");
-  const rows = [...document.querySelectorAll("#draws tbody tr")];
-  const texts = rows.map((row) => row.textContent.toLowerCase());
-
-  const update = () => {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    rows.forEach((row, i) => {
-      row.hidden = !(
-        (show.value === "all" || row.dataset.extreme) &&
-        (!who.value || row.dataset.who === who.value) &&
-        (!prompt.value || row.dataset.prompt === prompt.value) &&
-        words.every((word) => texts[i].includes(word))
-      );
-      shown += !row.hidden;
-    });
-    count.textContent = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")} draws shown`;
-  };
-  // who looks for something looks among all of them
-  for (const field of [search, prompt]) field.addEventListener("input", () => { show.value = "all"; update(); });
-  for (const field of [show, who]) field.addEventListener("input", update);
-  filters.addEventListener("submit", (event) => event.preventDefault());
-  update();
-}
+(async () => {
+  const specs = JSON.parse(document.getElementById("charts").textContent);
+  const views = {};
+  await Promise.all(Object.entries(specs).map(async ([name, spec]) => {
+    // ast: expressions are interpreted, so that the page's policy need not allow eval
+    const options = { actions: false, renderer: "svg", ast: true };
+    const host = document.getElementById(`chart-${name}`);
+    if (!host) return;
+    views[name] = (await vegaEmbed(host, spec, options)).view;
+    const drawn = host.querySelector("svg"); // the host is the image, and it is named
+    drawn.setAttribute("aria-hidden", "true");
+    for (const part of drawn.querySelectorAll("[role]")) part.removeAttribute("role");
+  }));
+  startSlider(views);
+  startDraws();
+  document.documentElement.dataset.ready = "1";
+})();

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,16 @@ from klimb.numbers.estimate import Estimate
 from klimb.report import words
 from klimb.report.audit import reliability_chart, scores_chart
 from klimb.report.compared import Comparison, compare
-from klimb.report.draws import cut, draw_table
-from klimb.report.figures import Spec, frontier_chart, seconds_spent, step_charts, time_chart
+from klimb.report.draws import as_json, cut, draw_table, spoken, table_record
+from klimb.report.figures import (
+    HEALTH,
+    Spec,
+    frontier_chart,
+    histogram_chart,
+    seconds_spent,
+    step_charts,
+    time_chart,
+)
 from klimb.report.found import (
     Found,
     as_estimate,
@@ -34,6 +43,7 @@ from klimb.report.found import (
     reference_reward,
 )
 from klimb.report.overlay import overlay_chart
+from klimb.report.pool import CarriedPool, bin_edges, carried_pool, histogram_rows
 from klimb.store import write_whole
 
 
@@ -86,8 +96,14 @@ def write_comparison(runs: Sequence[str | Path], to: str | Path) -> Comparison:
 
 def charts_of(found: Found) -> dict[str, Spec]:
     """Every chart that the run has numbers for, by name."""
+    return _charts(found, carried_pool(found))
+
+
+def _charts(found: Found, pool: CarriedPool | None) -> dict[str, Spec]:
+    bins = None if pool is None else histogram_rows(pool.reward, pool.beta, bin_edges(pool.reward))
     charts: dict[str, Spec | None] = {
         "frontier": frontier_chart(found),
+        "histogram": histogram_chart(bins),
         **step_charts(found),
         "reliability": reliability_chart(found),
         "scores": scores_chart(found),
@@ -99,8 +115,11 @@ def charts_of(found: Found) -> dict[str, Spec]:
 def render(found: Found) -> str:
     """The page as text."""
     beta, why = chosen_beta(found)
-    table = draw_table(found.draws)
-    prompts = {row.prompt_id: row.prompt for row in table.rows}
+    table = draw_table(found.draws, beta=beta, tokenizer=found.path / "policy" / "tokenizer.json")
+    prompts, rows = table_record(table)
+    pool = carried_pool(found)
+    charts = _charts(found, pool)
+    who = {row.who for row in table.rows}
     spent = seconds_spent(found)
     headline, lede = words.headline(found)
     scripts = _scripts()
@@ -117,14 +136,20 @@ def render(found: Found) -> str:
             why=why,
             figures=figures_of(found),
             warnings=warnings_of(found),
-            dead=sum(bool(p.get("dead")) for p in found.plan.get("prompts") or () if isinstance(p, dict)),
-            charts=charts_of(found),
+            dead=dead_prompts(found),
+            rewards=each_reward(found),
+            charts=charts,
+            health=[name for name in HEALTH if name in charts],
+            pool=None if pool is None else _pool(pool),
             frontier=frontier(found),
             spent=spent,
             total=sum(spent.values()),
             table=table,
-            prompts={prompt_id: (place, text) for place, (prompt_id, text) in enumerate(prompts.items(), 1)},
-            policy_drawn=any(row.who == "policy" for row in table.rows),
+            prompts=prompts,
+            draws=as_json({"prompts": prompts, "rows": rows}),
+            policy_drawn="policy" in who,
+            compared=who == {"policy", "reference"},
+            coloured=any(row.tokens for row in table.rows),
             audited=found.measurement if "reward_model" in found.measurement else {},
             aside=found.measurement.get("side_by_side") or [],
             command=command(found),
@@ -166,7 +191,39 @@ def render_comparison(compared: Comparison) -> str:
 
 def _scripts() -> dict[str, Markup]:
     """What runs in a page: the drawing of charts, and the page's own."""
-    return {"bundle": Markup(chart_bundle()), "script": Markup(_part("page.js"))}
+    own = "\n".join(_part(name) for name in ("table.js", "tilt.js", "slider.js", "draws.js", "page.js"))
+    return {"bundle": Markup(chart_bundle()), "script": Markup(own)}
+
+
+def _pool(pool: CarriedPool) -> dict[str, object]:
+    """What the template says of the slider; its ends are logarithms of beta."""
+    return {
+        "json": as_json(pool.as_dict()),
+        "beta": pool.beta,
+        "start": math.log(pool.beta),
+        "least": math.log(pool.betas[-1]),
+        "most": math.log(pool.betas[0]),
+        "draws": pool.reward.shape[1],
+        "num_prompts": pool.reward.shape[0],
+        "all": pool.reward.numel(),
+        "texts": len(pool.rows),
+        "file": pool.file,
+    }
+
+
+def each_reward(found: Found) -> dict[str, dict[str, Estimate | None]]:
+    """Where several rewards are asked: each one's mean under policy and reference, and its agreement with their sum."""
+    written = found.measurement.get("rewards") or found.plan.get("rewards") or {}
+    return {
+        name: {key: as_estimate(part.get(key)) for key in ("policy", "reference", "agreement")}
+        for name, part in written.items()
+    }
+
+
+def dead_prompts(found: Found) -> list[str]:
+    """Beginnings of the plan's prompts whose draws all have the same reward: nothing can be learned from them."""
+    prompts = [p for p in found.plan.get("prompts") or () if isinstance(p, dict) and p.get("dead")]
+    return [cut(spoken(p.get("prompt") or p.get("id") or ""), 160)[0] for p in prompts]
 
 
 def _environment() -> jinja2.Environment:
