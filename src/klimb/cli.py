@@ -82,10 +82,9 @@ def plan_train_climb_(
     if dry_run:
         return _print_config(settings)
     if nproc is not None and nproc > 1:
-        named = [("--config", config), ("--resume", resume)]
-        flags = [("--profile", profile), ("--quiet", quiet), ("--json", json_)]
-        again = [part for flag, value in named if value is not None for part in (flag, str(value))]
-        raise typer.Exit(launch.launch(nproc, [name, *again, *(flag for flag, on in flags if on), *ctx.args]))
+        named = {"--config": config, "--resume": resume}
+        flags = {"--profile": profile, "--quiet": quiet, "--json": json_}
+        raise typer.Exit(_launched(nproc, name, ctx.args, named, flags))
     from klimb import screen
     from klimb.ranks import joined
     from klimb.watch import UNWATCHED
@@ -140,6 +139,7 @@ def measure_(
     config: ConfigFile = None,
     policy: Policy = None,
     dry_run: DryRun = False,
+    nproc: Nproc = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -149,17 +149,27 @@ def measure_(
         return _print_config(settings)
     if path is None and policy is None:
         raise ValueError("measure: give the directory of a run, or -c FILE with --policy FOLDER")
+    if nproc is not None and nproc > 1:
+        named, flags = {"--config": config, "--policy": policy}, {"--quiet": quiet, "--json": json_}
+        raise typer.Exit(_launched(nproc, "measure", ctx.args, named, flags))
     from klimb import screen
+    from klimb.ranks import joined
+    from klimb.watch import UNWATCHED
 
     folder = policy if policy is not None or path is None else path / settings.product
     _quieten()
-    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb.run import report, run_measure
+    with joined() as ranks:
+        shown = screen.watching(_console(json_), quiet=quiet or json_)
+        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
+            from klimb.run import report, run_measure
 
-        record = run_measure(settings, policy_folder=str(folder), output_dir=path, watch=watch)
-        if path is not None:
-            report(path)
-    _result(record, json_, lambda: screen.measurement(record))
+            record = run_measure(
+                settings, policy_folder=str(folder), output_dir=path, watch=watch, ranks=ranks
+            )
+            if path is not None and ranks.first:
+                report(path)
+    if ranks.first:
+        _result(record, json_, lambda: screen.measurement(record))
 
 
 @app.command("sample", context_settings=FREE, epilog=HINT)
@@ -256,6 +266,14 @@ def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None
             f"--resume {resume} goes on with the run's own configuration; leave the other options out"
         )
     return _of_run(resume, ())
+
+
+def _launched(
+    nproc: int, name: str, arguments: Sequence[str], named: dict[str, Path | None], flags: dict[str, bool]
+) -> int:
+    """The same command in several processes, all options but --nproc passed on; its exit status."""
+    given = [part for flag, value in named.items() if value is not None for part in (flag, str(value))]
+    return launch.launch(nproc, [name, *arguments, *given, *(flag for flag, on in flags.items() if on)])
 
 
 def _again(settings: Config, resume: Path | None) -> tuple[Config, bool]:

@@ -1,6 +1,7 @@
 """`--nproc` and its faults: each run ends or goes on with a clear message, no record is lost or doubled, the checkpoint loads."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -35,6 +36,12 @@ def steps_of(path):
     return [record["step"] for record in read_jsonl(file)] if file.exists() else []
 
 
+def slow_down(settings):
+    """So that there is time between two steps to do something."""
+    file = Path(settings["reward_funcs"].partition(":")[0])
+    file.write_text("import time\n" + file.read_text().replace('"""Share', 'time.sleep(0.1)\n    """Share'))
+
+
 def workers_of(process):
     """The processes that a launcher started, in their order."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -66,8 +73,7 @@ def whole(settings, tmp_path):
 @pytest.mark.slow
 def test_killed_ranks_start_again_by_themselves(settings, whole):
     """The second rank dies after two steps, the first after five; the run ends as if nobody had."""
-    slow = Path(settings["reward_funcs"].partition(":")[0])
-    slow.write_text("import time\n" + slow.read_text().replace('"""Share', 'time.sleep(0.1)\n    """Share'))
+    slow_down(settings)
     path = Path(settings["output_dir"])
     process = subprocess.Popen(command(settings), stderr=subprocess.PIPE, text=True)
     killed = 0
@@ -81,6 +87,29 @@ def test_killed_ranks_start_again_by_themselves(settings, whole):
     _, said = process.communicate(timeout=10)
     assert (process.returncode, killed) == (0, 2), said
     same(whole, path)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_step_and_all_ranks_and_measure_takes_several(settings):
+    path = Path(settings["output_dir"])
+    slow_down(settings)
+    process = subprocess.Popen(command(settings), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and len(steps_of(path)) < 2:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert f"klimb train --resume {path}" in said
+    assert load_latest_checkpoint(path / "checkpoints").step == len(steps_of(path)) < 8
+    resumed = [sys.executable, "-m", "klimb", "train", "-q", "--resume", str(path), "--nproc", "2"]
+    assert subprocess.run(resumed, timeout=120, check=False).returncode == 0
+    assert steps_of(path) == list(range(1, 9))
+    measure = [sys.executable, "-m", "klimb", "measure", str(path), "--json"]
+    two, one = (
+        subprocess.run([*measure, *more], capture_output=True, text=True, timeout=120, check=True).stdout
+        for more in (["--nproc", "2"], [])
+    )
+    assert json.loads(two)["gap"]["value"] == pytest.approx(json.loads(one)["gap"]["value"], abs=1e-4)
 
 
 def test_a_mistake_is_said_once_and_nothing_is_written(settings):
