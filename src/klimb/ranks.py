@@ -93,7 +93,7 @@ class Ranks:
             wide = torch.cat([t.flatten() for t in some])
             wide = wide if wide.dtype == torch.float64 else wide.float()
             with _connected():
-                torch.distributed.all_reduce(wide)
+                torch.distributed.all_reduce(wide, group=self.talk if wide.device.type == "cpu" else None)
             for tensor, total in zip(some, wide.split([t.numel() for t in some]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
@@ -114,9 +114,9 @@ def joined() -> Generator[Ranks]:
         return
     from torch import distributed
 
-    if torch.cuda.is_available():
+    ours = not distributed.is_initialized()  # Ray has done it, and chosen the device
+    if ours and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    ours = not distributed.is_initialized()  # Ray has done it
     if ours:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:

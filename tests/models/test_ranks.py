@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from klimb.config import load
+from klimb.loaded import prepare
 from klimb.ranks import ALONE, Ranks
 from klimb.store import load_latest_checkpoint, read_draws, read_json, read_jsonl
 from ranked import ended, run, runs, started, together
@@ -103,6 +105,31 @@ def test_two_ranks_are_one(pairs, name):
     efficiency = [x for n, x in found.items() if n.startswith("frontier_efficiency")]
     assert max(efficiency, default=0.0) < 1e-4  # a resample divides by what little there was to gain
     assert max(x for n, x in found.items() if not n.startswith("frontier_efficiency")) < 1e-6
+
+
+def test_half_precision_keeps_float32_masters_of_split_layers(make_run, tmp_path):
+    """In bfloat16 two ranks round in another order than one; what they learned points the same way."""
+    settings = {**make_run(tmp_path), "dtype": "bfloat16", "shard": True, "max_steps": 4, "save_steps": 100}
+    runs(ALONE, [({**settings, "output_dir": str(tmp_path / "one")}, "run_train")])
+    together(2, run, settings, "run_train")
+    one, two = (load_latest_checkpoint(tmp_path / name / "checkpoints").tensors for name in ("one", "run"))
+    learned = []
+    for name, x in one.items():
+        if name.startswith("weights"):
+            assert two[name].dtype == torch.float32
+            learned.append((x.flatten(), two[name].flatten()))
+    a, b = (torch.cat(side) for side in zip(*learned, strict=True))
+    start = _adapters_at_first(settings)
+    apart = torch.nn.functional.cosine_similarity(a - start, b - start, dim=0)
+    assert apart > 0.9
+    assert torch.nn.functional.cosine_similarity(a - start, (b - start).roll(1), dim=0) < 0.5
+
+
+def _adapters_at_first(settings):
+    """What the weights were before any step."""
+    options = [part for name, x in settings.items() for part in (f"--{name}", str(x))]
+    policy = prepare(load(None, options)).policy
+    return torch.cat([p.detach().float().flatten() for p in policy.parameters()])
 
 
 STOPS = [(2, 3), (1, 2), (2, None)]
