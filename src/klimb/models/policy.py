@@ -219,11 +219,10 @@ class CausalPolicy:
             read = torch.cat([prompt, completion[:-1]])
             ids[i, : len(read)], mask[i, : len(read)] = read, 1
             predicts[i, len(prompt) - 1 : len(prompt) - 1 + len(completion)] = True
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        # no attention mask: what stands on the right of a row is hidden from it anyway
         states = self.body(
-            **self._embedded(ids, mask),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            **self._embedded(ids.to(self.device), mask.to(self.device)),
+            position_ids=torch.arange(width, device=self.device).expand(len(rows), -1),
             use_cache=False,
         ).last_hidden_state
         return states[predicts.to(self.device)]
