@@ -20,8 +20,10 @@ from torch import Tensor
 from klimb.data import Draws, Pool, Scored, Target, chunks, pick
 from klimb.methods import working_with
 from klimb.models.policy import CausalPolicy
+from klimb.models.sharded import is_part
 from klimb.objectives.bind import bind
 from klimb.objectives.coefficients import coefficients
+from klimb.ranks import Ranks
 from klimb.target import own_reward
 
 Objective = Callable[..., Tensor]
@@ -57,6 +59,7 @@ def backward(
     *,
     scale: float,
     num_fresh: int = 0,
+    later: list[tuple[Draws, dict[str, Tensor]]] | None = None,
 ) -> Passed:
     """Add scale * the objective's gradient to the parameters' gradients, chunk by chunk.
 
@@ -75,6 +78,7 @@ def backward(
         objective: numbers -> [P].
         scale: what the objective is multiplied by.
         num_fresh: how many draws of each prompt are the policy's own.
+        later: where given, nothing is passed back: what would be, pieces and their coefficients, is put here (`in_step`).
 
     Raises:
         ValueError: the draws are of a law that cannot draw everything, or the objective asks for what is unknown.
@@ -91,7 +95,7 @@ def backward(
         here, there = slice(start, start + group.num_prompts), slice(offset, offset + num_tokens)
         start, offset = here.stop, there.stop
         part = {n: x if x.ndim == 0 else x[there if is_packed(n) else here] for n, x in known.items()}
-        fits = num_tokens <= policy.chunk_tokens
+        fits = num_tokens <= policy.chunk_tokens and later is None
         with torch.set_grad_enabled(fits):
             tokens = policy.log_prob(group)
             log_pi = group.sequence_sums(tokens)
@@ -110,15 +114,41 @@ def backward(
         else:
             for columns in column_pieces(group, policy.chunk_tokens):
                 piece = pick(group, columns[None].expand(group.num_prompts, -1))
-                again = policy.log_prob(piece)
                 inside = torch.isin(group.row % group.num_draws, columns)
                 cut = {n: t[inside] if is_packed(n) else t[:, columns] for n, t in tables.items()}
-                _likelihood(cut, piece.sequence_sums(again), again).backward()
+                if later is None:
+                    _pass_back(policy, piece, cut)
+                else:
+                    later.append((piece, cut))
         values.append(value)
         residuals.append(part["log_target"] - seen["log_pi"])
         sums.append(seen["log_pi"])
         per_token.append(seen["token_log_pi"])
     return Passed(*(torch.cat(x) for x in (values, residuals, sums, per_token)), asked)
+
+
+def _pass_back(policy: CausalPolicy, piece: Draws, tables: Mapping[str, Tensor]) -> None:
+    tokens = policy.log_prob(piece)
+    _likelihood(tables, piece.sequence_sums(tokens), tokens).backward()
+
+
+def in_step(policy: CausalPolicy, pieces: Sequence[tuple[Draws, dict[str, Tensor]]], ranks: Ranks) -> None:
+    """Pass pieces back, as often on every rank: who has fewer repeats one with coefficients of zero, so that layers are gathered together."""
+    for i in range(max(ranks.gather(lambda: len(pieces)))):
+        piece, tables = pieces[min(i, len(pieces) - 1)]
+        done = i >= len(pieces)
+        _pass_back(policy, piece, {n: torch.zeros_like(t) if done else t for n, t in tables.items()})
+
+
+def sum_gradients(policy: CausalPolicy) -> None:
+    """Make the gradients of each rank's share of a batch those of the whole batch."""
+    gradients = []
+    for parameter in policy.parameters():
+        if parameter.grad is None:  # of a rank without prompts
+            parameter.grad = torch.zeros_like(parameter)
+        if not is_part(parameter.grad):  # of layers that are split they come summed
+            gradients.append(parameter.grad)
+    policy.ranks.add(gradients)
 
 
 def _likelihood(tables: Mapping[str, Tensor], log_pi: Tensor, token_log_pi: Tensor) -> Tensor:

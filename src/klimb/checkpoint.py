@@ -19,6 +19,7 @@ from klimb import store
 from klimb.log_z import LearnedLogZ
 from klimb.models.critic import Critic
 from klimb.models.master import masters, write_out
+from klimb.models.sharded import gathered, parted
 from klimb.numbers.running import RunningLogZ
 from klimb.samplers.replay import Kept, Replay
 from klimb.steps import TrainState
@@ -53,13 +54,13 @@ class Moving:
 
 
 def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the next step depends on, as named tensors and as JSON."""
+    """Everything that the next step depends on, as named tensors and as JSON; where layers are split all ranks call this together."""
     own = masters(moving.optimizer)
     assert len(moving.parameters) == len(own)
     kept = [row for rows in state.replay.rows.values() for row in rows]
     tensors = {
-        **{f"weights.{i}": m for i, m in enumerate(own)},
-        **{f"average.{i}": a for i, a in enumerate(moving.average)},
+        **{f"weights.{i}": gathered(m) for i, m in enumerate(own)},
+        **{f"average.{i}": gathered(a) for i, a in enumerate(moving.average)},
         **_slots("optimizer", moving.optimizer),
         "generator": moving.generator.get_state(),
         "replay.tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row.completion for row in kept)]),
@@ -104,9 +105,9 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
         )
     with torch.no_grad():
         for i, master in enumerate(own):
-            master.copy_(tensors[f"weights.{i}"])
+            master.copy_(parted(tensors[f"weights.{i}"], master))
         for i, mean in enumerate(moving.average):
-            mean.copy_(tensors[f"average.{i}"])
+            mean.copy_(parted(tensors[f"average.{i}"], mean))
     write_out(own, moving.parameters)
     _take_slots("optimizer", moving.optimizer, tensors)
     if moving.critic_optimizer is not None:
@@ -131,19 +132,23 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
 def _slots(kind: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimizer remembers of each tensor, by name."""
     return {
-        f"{kind}.{i}.{name}": x
+        f"{kind}.{i}.{name}": gathered(x)
         for i, slots in optimizer.state_dict()["state"].items()
         for name, x in slots.items()
     }
 
 
 def _take_slots(kind: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    own = masters(optimizer)
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         first, _, rest_of_name = name.partition(".")
         if first == kind:
             index, _, slot = rest_of_name.partition(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+            # what is remembered of each number of a tensor is split as the tensor is
+            of_each = tensor.shape == own[int(index)].shape
+            here = parted(tensor, own[int(index)]) if of_each else tensor
+            slots.setdefault(int(index), {})[slot] = here
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 

@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from klimb import cli_data, cli_derive, cli_diagnose, cli_explore, cli_methods, cli_report
+from klimb import cli_data, cli_derive, cli_diagnose, cli_explore, cli_methods, cli_report, launch
 
 if TYPE_CHECKING:
     from klimb.config import Config
@@ -36,6 +37,7 @@ FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; options go over it.")]
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Processes of this machine that share the work.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Profile = Annotated[
     bool,
@@ -65,6 +67,7 @@ def plan_train_climb_(
     resume: Resume = None,
     dry_run: DryRun = False,
     profile: Profile = False,
+    nproc: Nproc = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -78,20 +81,35 @@ def plan_train_climb_(
     settings = _settings(ctx.args, config, resume)
     if dry_run:
         return _print_config(settings)
+    if nproc is not None and nproc > 1:
+        named = {"--config": config, "--resume": resume}
+        flags = {"--profile": profile, "--quiet": quiet, "--json": json_}
+        raise typer.Exit(_launched(nproc, name, ctx.args, named, flags))
     from klimb import screen
+    from klimb.ranks import joined
+    from klimb.watch import UNWATCHED
 
     stopped: str | None = None
     _quieten()
-    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb import run
+    with joined() as ranks:
+        shown = screen.watching(_console(json_), quiet=quiet or json_)
+        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
+            from klimb import run
 
-        verb = {"plan": run.run_plan, "train": run.run_train, "climb": run.climb}[name]
-        try:
-            outcome = verb(
-                settings, resume=resume is not None, watch=watch, **({"profile": True} if profile else {})
-            )
-        except KeyboardInterrupt:
-            stopped = settings.output_dir
+            verb: Any = {"plan": run.run_plan, "train": run.run_train, "climb": run.climb}[name]
+            settings, resumed = ranks.from_first(lambda: _again(settings, resume))
+            try:
+                outcome = verb(
+                    settings,
+                    resume=resumed,
+                    watch=watch,
+                    ranks=ranks,
+                    **({"profile": True} if profile else {}),
+                )
+            except KeyboardInterrupt:
+                stopped = settings.output_dir
+    if not ranks.first:
+        raise typer.Exit(130 if stopped or outcome.interrupted else 0)
     if stopped is None and outcome.interrupted:
         stopped = str(outcome.path)
     if stopped is not None:
@@ -121,6 +139,7 @@ def measure_(
     config: ConfigFile = None,
     policy: Policy = None,
     dry_run: DryRun = False,
+    nproc: Nproc = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -130,17 +149,27 @@ def measure_(
         return _print_config(settings)
     if path is None and policy is None:
         raise ValueError("measure: give the directory of a run, or -c FILE with --policy FOLDER")
+    if nproc is not None and nproc > 1:
+        named, flags = {"--config": config, "--policy": policy}, {"--quiet": quiet, "--json": json_}
+        raise typer.Exit(_launched(nproc, "measure", ctx.args, named, flags))
     from klimb import screen
+    from klimb.ranks import joined
+    from klimb.watch import UNWATCHED
 
     folder = policy if policy is not None or path is None else path / settings.product
     _quieten()
-    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb.run import report, run_measure
+    with joined() as ranks:
+        shown = screen.watching(_console(json_), quiet=quiet or json_)
+        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
+            from klimb.run import report, run_measure
 
-        record = run_measure(settings, policy_folder=str(folder), output_dir=path, watch=watch)
-        if path is not None:
-            report(path)
-    _result(record, json_, lambda: screen.measurement(record))
+            record = run_measure(
+                settings, policy_folder=str(folder), output_dir=path, watch=watch, ranks=ranks
+            )
+            if path is not None and ranks.first:
+                report(path)
+    if ranks.first:
+        _result(record, json_, lambda: screen.measurement(record))
 
 
 @app.command("sample", context_settings=FREE, epilog=HINT)
@@ -215,8 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         if os.environ.get("KLIMB_DEBUG") == "1":
             raise
-        print(f"klimb: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, all of which say the same
+            print(f"klimb: {error}", file=sys.stderr)
         sys.exit(2)
+    except ConnectionError as error:
+        if "RANK" not in os.environ:
+            raise
+        print(f"klimb: process {os.environ.get('RANK')}: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("klimb: stopped", file=sys.stderr)
         sys.exit(130)
@@ -232,6 +267,22 @@ def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None
             f"--resume {resume} goes on with the run's own configuration; leave the other options out"
         )
     return _of_run(resume, ())
+
+
+def _launched(
+    nproc: int, name: str, arguments: Sequence[str], named: dict[str, Path | None], flags: dict[str, bool]
+) -> int:
+    """The same command in several processes, all options but --nproc passed on; its exit status."""
+    given = [part for flag, value in named.items() if value is not None for part in (flag, str(value))]
+    return launch.launch(nproc, [name, *arguments, *given, *(flag for flag, on in flags.items() if on)])
+
+
+def _again(settings: Config, resume: Path | None) -> tuple[Config, bool]:
+    """The configuration, and whether a run is to be gone on with: one named, or this one, whose processes died."""
+    began = (Path(settings.output_dir) / "config.yaml").is_file()
+    if resume is None and began and launch.taken_up_again():
+        return _of_run(Path(settings.output_dir), ()), True
+    return settings, resume is not None
 
 
 def _of_run(run: Path, arguments: Sequence[str]) -> Config:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from klimb.backward import sum_gradients
 from klimb.batch import next_prompts
 from klimb.data import Draws, Example, Sampler, chunks, select
 from klimb.models.policy import CausalPolicy
@@ -143,7 +144,7 @@ def _updated(
 ) -> tuple[Tensor, float]:
     """One update: the divergence of each completion before it, [P, G], and the norm of the gradient."""
     optimizer.zero_grad()
-    values = learned(draws, policy, lesson, own=own)
+    values = _shared(draws, policy, lesson, own=own)
     norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters()), lesson.max_grad_norm)
     if not torch.isfinite(norm):
         raise ValueError(
@@ -153,7 +154,22 @@ def _updated(
     return values, norm.item()
 
 
-def learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, *, own: bool) -> Tensor:
+def _shared(draws: Draws, policy: CausalPolicy, lesson: Lesson, *, own: bool) -> Tensor:
+    """`learned`, of which each rank does its share."""
+    ranks = policy.ranks
+    if ranks.world == 1:
+        return learned(draws, policy, lesson, own=own)
+    share = ranks.share(draws.num_prompts)
+    part = (len(share) / draws.num_prompts) if share else 0.0
+    nothing = torch.zeros(0, draws.num_draws)
+    found = ranks.gather(
+        lambda: learned(select(draws, share), policy, lesson, own=own, scale=part) if share else nothing
+    )
+    sum_gradients(policy)
+    return torch.cat(found)
+
+
+def learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, *, own: bool, scale: float = 1.0) -> Tensor:
     """[P, G] the divergence of each completion; the gradient of their mean is added to the parameters'.
 
     Args:
@@ -161,8 +177,9 @@ def learned(draws: Draws, policy: CausalPolicy, lesson: Lesson, *, own: bool) ->
         policy: the policy that moves.
         lesson: how.
         own: whether the policy drew them, as it is.
+        scale: of the gradient.
     """
-    scale = 1 / draws.lengths.numel()
+    scale /= draws.lengths.numel()
     follows = own and lesson.sequence_gradient
     pieces = chunks(draws, policy.chunk_tokens)  # whole prompts
     return torch.cat([_learned(piece, policy, lesson, scale, follows) for piece in pieces])

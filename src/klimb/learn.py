@@ -14,15 +14,17 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from klimb.backward import Objective, Passed, backward, of_prompts
+from klimb.backward import Objective, Passed, backward, in_step, of_prompts, sum_gradients
 from klimb.data import Draws, select
 from klimb.methods import working_with
 from klimb.models.critic import Critic
 from klimb.models.policy import CausalPolicy
+from klimb.models.sharded import clip_norm, whole
 from klimb.numbers.kl_control import kl_from_old, stops_early
 from klimb.objectives.aggregate import mean_over_batch
 from klimb.objectives.bind import bind
 from klimb.objectives.value_loss import value_loss
+from klimb.ranks import ALONE
 
 OLD = {"log_old", "token_log_old", "log_start"}
 
@@ -98,12 +100,14 @@ def learn(
     old: Tensor | None = None
     if several or any(OLD & set(signature(function).parameters) for function in derived.values()):
         with torch.no_grad():
-            old, hidden = policy.log_prob_and_hidden(draws)
-            known |= _old_numbers(draws, known, old, num_fresh)
-            known["old_values"] = torch.zeros_like(old)
-            if recipe.critic is not None:
+            if recipe.critic is None:
+                old = policy.log_prob(draws)
+                known["old_values"] = torch.zeros_like(old)
+            else:
+                old, hidden = policy.log_prob_and_hidden(draws)
                 hidden = hidden.to("cpu")  # where the critic and the packed numbers are
                 known |= {"token_hidden": hidden, "old_values": recipe.critic(hidden).to(old)}
+            known |= _old_numbers(draws, known, old, num_fresh)
         num_fresh = 0  # from here on the first draws are as old as the others
     for name, function in derived.items():
         known[name] = function(**bind(function, known, instead=working_with))
@@ -116,9 +120,7 @@ def learn(
         here = draws if whole else select(draws, index)
         numbers = known if whole else of_prompts(known, draws.lengths, index)
         optimizer.zero_grad()
-        passed = backward(
-            policy, here, numbers, recipe.objective, scale=scale / len(index), num_fresh=num_fresh
-        )
+        passed = _passed(policy, here, numbers, recipe.objective, scale / len(index), num_fresh)
         if len(seen) < recipe.num_minibatches:
             seen.append((part, passed))
         if several:
@@ -132,6 +134,47 @@ def learn(
             moved["value_loss"] = _critic_stepped(recipe, numbers, here)
         moved["updates"] += 1
     return _together(seen, draws, old), moved
+
+
+def _passed(
+    policy: CausalPolicy,
+    draws: Draws,
+    numbers: Mapping[str, Tensor],
+    objective: Objective,
+    scale: float,
+    num_fresh: int,
+) -> Passed:
+    """The backward pass: of all prompts, or of this rank's share, and then of all by the sum over the ranks."""
+    ranks = policy.ranks
+    if ranks.world == 1:
+        return backward(policy, draws, numbers, objective, scale=scale, num_fresh=num_fresh)
+    own, alone = list(ranks.share(draws.num_prompts)), replace(policy, ranks=ALONE)
+    split = policy.sharded.world > 1
+    later: list[tuple[Draws, dict[str, Tensor]]] = []
+
+    def share() -> Passed | None:
+        if not own and not split:
+            return None
+        index, weight = own or [0], scale if own else 0.0  # of split layers everybody passes something back
+        known = of_prompts(numbers, draws.lengths, index)
+        passed = backward(
+            alone,
+            select(draws, index),
+            known,
+            objective,
+            scale=weight,
+            num_fresh=num_fresh,
+            later=later if split else None,
+        )
+        return passed if own else None
+
+    with whole(policy):
+        found = [part for part in ranks.gather(share) if part is not None]
+    if split:
+        in_step(alone, later, ranks)
+    sum_gradients(policy)
+    names = ("value", "residual", "log_pi", "token_log_pi")
+    return Passed(*(torch.cat([getattr(part, n) for part in found]) for n in names), found[0].asked)
 
 
 def _old_numbers(draws: Draws, known: Mapping[str, Tensor], old: Tensor, num_fresh: int) -> dict[str, Tensor]:
@@ -160,7 +203,11 @@ def _parts(num_prompts: int, recipe: Recipe, generator: torch.Generator) -> list
 def _stepped(
     policy: CausalPolicy, optimizer: torch.optim.Optimizer, max_grad_norm: float, step: int
 ) -> float:
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    if policy.sharded.world > 1:
+        gradients = (p.grad for p in policy.parameters() if p.grad is not None)
+        norm = clip_norm(gradients, max_grad_norm, policy.sharded)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     if not torch.isfinite(norm):
         raise ValueError(
             f"step {step}: the gradient is not finite; the weights were left as they were before it. "

@@ -26,13 +26,16 @@ from klimb.models.hub import DTYPES, load_model
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.prefix import prefix
 from klimb.models.renumbered import read_numbers, renumber
+from klimb.models.sharded import shard
 from klimb.models.soft_prompt import soft_prompt
 from klimb.models.trained import load_trained
 from klimb.nearest import nearest_file
+from klimb.ranks import ALONE, Ranks
 from klimb.rewards.cache import reward_cache
 from klimb.rewards.load import check_columns, load_reward, no_reward, source_hash, weighted_sum
 from klimb.rewards.log_ratio import LogRatio
 from klimb.samplers.ancestral import ancestral
+from klimb.samplers.shared import shared
 from klimb.trackers import check_trackers
 
 
@@ -52,6 +55,7 @@ class Loaded:
         judged: with learn_from data, the judged completions to learn from; else none.
         judged_test: those held out.
         teacher: where the target is a policy: that policy.
+        ranks: who shares the work.
     """
 
     config: Config
@@ -65,14 +69,16 @@ class Loaded:
     judged: Sequence[Judged] = ()
     judged_test: Sequence[Judged] = ()
     teacher: CausalPolicy | None = None
+    ranks: Ranks = ALONE
 
 
-def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loaded:
+def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: Ranks = ALONE) -> Loaded:
     """Load and check everything that a run needs, cheap things first; nothing is written.
 
     Args:
         config: the configuration.
         policy_folder: the policy that is measured or sampled; None makes a new one, to be trained.
+        ranks: who shares the work of drawing and scoring.
 
     Raises:
         ValueError: a prompt, reward, model or tracker that is not there or does not fit.
@@ -95,13 +101,15 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         config.reward_weights,
         cache=None if config.reward_cache is None else reward_cache(config.reward_cache),
     )
+    reward = replace(reward, ranks=ranks)
     check_columns(
         reward, dict.fromkeys(name for x in [*train_examples, *test_examples] for name in x.columns)
     )
     context = _context(config)
-    policy, reference = _policies(config, policy_folder, context)
+    policy, reference = (replace(who, ranks=ranks) for who in _policies(config, policy_folder, context))
     teacher = _teacher(config, reference, context) if config.target.kind in TAUGHT else None
     if teacher is not None:
+        teacher = replace(teacher, ranks=ranks)
         reward = LogRatio(teacher, reference)
     everyone = [who for who in (policy, reference, teacher) if who is not None]
     for example in [*train_examples, *test_examples]:
@@ -117,6 +125,22 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
     sampler: Any = partial(
         ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
     )
+    hashes = {
+        "model": fingerprint(reference),
+        "reward": source_hash(reward)
+        if teacher is None
+        else _sha256(f"{fingerprint(teacher)} {teacher.context}"),
+        "template": _sha256(str(reference.tokenizer.chat_template)),
+        "max_completion_length": str(config.max_completion_length),
+        **({"data": _sha256(repr(judged))} if judged else {}),
+    }
+    if config.shard and ranks.world > 1:
+        if teacher is not None:
+            raise ValueError(
+                "shard: got a target that is a policy, whose layers are not split; leave out shard"
+            )
+        policy, reference = shard(policy, reference, ranks)
+    spread: Any = partial(shared, sampler=sampler, ranks=ranks)
     return Loaded(
         config=config,
         policy=policy,
@@ -124,19 +148,12 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None) -> Loade
         reward=reward,
         train_examples=train_examples[: config.max_prompts],
         test_examples=test_examples,
-        sampler=sampler,
-        hashes={
-            "model": fingerprint(reference),
-            "reward": source_hash(reward)
-            if teacher is None
-            else _sha256(f"{fingerprint(teacher)} {teacher.context}"),
-            "template": _sha256(str(reference.tokenizer.chat_template)),
-            "max_completion_length": str(config.max_completion_length),
-            **({"data": _sha256(repr(judged))} if judged else {}),
-        },
+        sampler=sampler if ranks.world == 1 else spread,
+        hashes=hashes,
         judged=judged[: config.max_prompts],
         judged_test=judged_test,
         teacher=teacher,
+        ranks=ranks,
     )
 
 

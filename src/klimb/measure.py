@@ -226,7 +226,7 @@ def score_tokens(
     policy: Policy, pool: Pool, *, progress: Progress = silent, what: str = "score"
 ) -> torch.Tensor:
     """[N] log-probability of every token of the pool under `policy`, nats."""
-    parts, size, at_once = [], pool.draws.num_prompts, prompts_at_once(pool.draws.num_draws)
+    parts, size, at_once = [], pool.draws.num_prompts, prompts_at_once(pool.draws.num_draws, policy)
     for start in range(0, size, at_once):
         stop = min(start + at_once, size)
         parts.append(policy.log_prob(select(pool.draws, range(start, stop))))

@@ -17,6 +17,7 @@ from klimb.numbers.best_of_n import BestOfNPoint, best_of_n
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint, default_betas, frontier
 from klimb.numbers.tilt import solve_beta, tilted_kl, tilted_mean
+from klimb.ranks import ALONE
 from klimb.rewards.load import check_informative, score
 from klimb.target import Tilt, tilt
 
@@ -28,14 +29,14 @@ ROWS_AT_ONCE = 192
 """completions between two words about progress; enough for the matrix products to be large"""
 
 
-def prompts_at_once(num_draws: int) -> int:
-    """How many prompts go together so that about ROWS_AT_ONCE completions do.
+def prompts_at_once(num_draws: int, policy: object = None) -> int:
+    """How many prompts go together so that about ROWS_AT_ONCE completions do, on each of the ranks that share the policy's work.
 
     Example:
         >>> prompts_at_once(40), prompts_at_once(1000)
         (4, 1)
     """
-    return max(1, ROWS_AT_ONCE // num_draws)
+    return max(1, ROWS_AT_ONCE // num_draws) * getattr(policy, "ranks", ALONE).world
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -121,7 +122,7 @@ def draw_pool(
 
     `log_ref` of the pool is the law of the draw, so `policy` is taken to be the reference.
     """
-    parts, total, at_once = [], len(examples) * num_draws, prompts_at_once(num_draws)
+    parts, total, at_once = [], len(examples) * num_draws, prompts_at_once(num_draws, policy)
     progress(what, 0, total)
     for start in range(0, len(examples), at_once):
         draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,8 @@ def planned(
     config = loaded.config
     if config.method == "distill":
         return None, 1.0, _planned_lesson(loaded, path, watch)
-    own = store.draws_path(path, "plan")
-    if own.is_file():
-        pool = _stored_pool(own, loaded)
-    elif config.plan is not None:
-        given = Path(config.plan)
-        pool = _stored_pool(store.draws_path(given, "plan") if given.is_dir() else given, loaded)
-    else:
+    pool = loaded.ranks.from_first(partial(_kept_pool, loaded, path))
+    if pool is None:
         pool = draw_pool(
             loaded.train_examples,
             loaded.reference,
@@ -85,29 +81,53 @@ def planned(
     }
     price = found.solve(**asked)
     beta = config.beta or price
-    if (path / "plan.json").is_file():  # resumed: config.yaml holds the beta already, plan.json knows why
-        record = store.read_json(path / "plan.json")
-    else:
+    record = loaded.ranks.from_first(partial(_written, path))
+    if record is None:
         record = _record(found, price, loaded, generator, why=_why(config))
         if loaded.teacher is not None and not to_train:
             record |= _apart(loaded, watch)
-        if not own.is_file():
-            store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
-        store.write_json(path / "plan.json", record)
-    _settle(path, config, beta)
+        loaded.ranks.from_first(partial(_write, loaded, path, pool, record))
+    loaded.ranks.from_first(partial(_settle, path, config, beta))
     return pool, beta, record
+
+
+def _kept_pool(loaded: Loaded, path: Path) -> Pool | None:
+    """The pool that the run has, or the one that `config.plan` names."""
+    own = store.draws_path(path, "plan")
+    if own.is_file():
+        return _stored_pool(own, loaded)
+    if loaded.config.plan is None:
+        return None
+    given = Path(loaded.config.plan)
+    return _stored_pool(store.draws_path(given, "plan") if given.is_dir() else given, loaded)
+
+
+def _written(path: Path) -> dict[str, Any] | None:
+    """What plan.json holds. Of a resumed run config.yaml holds the beta already, and plan.json knows why."""
+    where = path / "plan.json"
+    return store.read_json(where) if where.is_file() else None
+
+
+def _write(loaded: Loaded, path: Path, pool: Pool, record: dict[str, Any]) -> None:
+    own = store.draws_path(path, "plan")
+    if not own.is_file():
+        store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
+    store.write_json(path / "plan.json", record)
 
 
 def _planned_lesson(loaded: Loaded, path: Path, watch: Watch) -> dict[str, Any]:
     """What plan.json holds of a distillation, written unless it is there."""
-    where = path / "plan.json"
-    if not where.is_file():
+    written = loaded.ranks.from_first(partial(_written, path))
+    if written is None:
         record = {
             "target": target_record(loaded.config.target),
             "beta": {"value": 1.0, "why": "the target is a law"},
         }
-        store.write_json(where, {**record, **_apart(loaded, watch)})
-    return store.read_json(where)
+        record |= _apart(loaded, watch)
+        loaded.ranks.from_first(partial(store.write_json, path / "plan.json", record))
+        written = loaded.ranks.from_first(partial(_written, path))
+        assert written is not None
+    return written
 
 
 def _apart(loaded: Loaded, watch: Watch) -> dict[str, Any]:
@@ -147,14 +167,14 @@ def replanned(loaded: Loaded, path: Path, pool: Pool | None, beta: float) -> dic
 
     Without a plan's pool only config.yaml changes, and there is no record.
     """
-    _settle(path, loaded.config, beta)
+    loaded.ranks.from_first(partial(_settle, path, loaded.config, beta))
     if pool is None:
         return None
     why = f"kl_target: {loaded.config.kl_target:g} nats, followed in training"
     generator = generator_for(loaded.config.seed, "frontier")
     target = aimed_at(loaded.config.target, loaded.reference, loaded.reward, beta)
     record = _record(_found(pool, loaded, target, generator), target.beta, loaded, generator, why=why)
-    store.write_json(path / "plan.json", record)
+    loaded.ranks.from_first(partial(store.write_json, path / "plan.json", record))
     return record
 
 

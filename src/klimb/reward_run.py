@@ -5,7 +5,7 @@ What is measured is the folder that was written, loaded as `reward_funcs` would 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,17 @@ from klimb.watch import Watch
 
 
 def learned_reward(
-    config: Config, verbs: Sequence[str], *, resume: bool, watch: Watch, profile: bool = False
+    config: Config,
+    verbs: Sequence[str],
+    *,
+    resume: bool,
+    watch: Watch,
+    profile: bool = False,
+    hold: Callable[[], object] = lambda: None,
 ) -> tuple[Trained, dict[str, Any] | None]:
     """Train and, if "measure" is among the verbs, audit; how far the training came, and what measure.json holds.
+
+    `hold` is called before anything is written, to keep other runs out.
 
     Raises:
         ValueError: for whatever cannot be done, before anything is written.
@@ -50,6 +58,7 @@ def learned_reward(
         )
     scorer = scorer_of(config)
     check_lengths(scorer, [*train, *test])
+    hold()
     if resume:
         written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         moved = {

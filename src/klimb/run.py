@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,13 @@ from klimb.data import Pool, stack_pools
 from klimb.diagnosis import diagnosed
 from klimb.distil import distance
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
-from klimb.measure import away, measure
+from klimb.measure import Measurement, away, measure
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
 from klimb.offline import judged_pool, orders
 from klimb.planning import planned, replanned
+from klimb.ranks import ALONE, Ranks
 from klimb.records import diagnosis_record, distance_record, measure_record, unrewarded_record
 from klimb.reward_run import learned_reward, measured_reward
 from klimb.sample import sample
@@ -72,24 +74,37 @@ class Outcome:
 # The verbs on disk.
 
 
-def run_plan(config: Config, *, resume: bool = False, watch: Watch = UNWATCHED) -> Outcome:
+def run_plan(
+    config: Config, *, resume: bool = False, watch: Watch = UNWATCHED, ranks: Ranks = ALONE
+) -> Outcome:
     """Plan: predict the best policy for every beta. Arguments and errors as `climb`."""
     if config.learn_from == "data":
         raise ValueError(
             "plan: learn_from data draws nothing; plan with learn_from draws and a reward, or go on to train"
         )
-    return _run(config, ("plan",), resume, watch)
+    return _run(config, ("plan",), resume, watch, ranks=ranks)
 
 
 def run_train(
-    config: Config, *, resume: bool = False, watch: Watch = UNWATCHED, profile: bool = False
+    config: Config,
+    *,
+    resume: bool = False,
+    watch: Watch = UNWATCHED,
+    profile: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Plan if that is needed, and train. Arguments and errors as `climb`."""
-    return _run(config, ("plan", "train") if config.needs_plan else ("train",), resume, watch, profile)
+    verbs = ("plan", "train") if config.needs_plan else ("train",)
+    return _run(config, verbs, resume, watch, profile, ranks)
 
 
 def climb(
-    config: Config, *, resume: bool = False, watch: Watch = UNWATCHED, profile: bool = False
+    config: Config,
+    *,
+    resume: bool = False,
+    watch: Watch = UNWATCHED,
+    profile: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Plan, train, measure and report; the model is loaded once.
 
@@ -99,12 +114,13 @@ def climb(
         watch: who looks on.
         profile: look at one or two steps of the training with torch's profiler: profile.json and trace.json.gz say
             where time and memory went. The numbers of the run are the same.
+        ranks: who shares the work; every one of them has to call this, and the first one writes.
 
     Raises:
         ValueError: for whatever cannot be done, before anything is written; what was begun because of it is removed.
     """
     verbs = VERBS[1:] if config.learn_from == "data" or config.method == "distill" else VERBS
-    return _run(config, verbs, resume, watch, profile)
+    return _run(config, verbs, resume, watch, profile, ranks)
 
 
 def run_measure(
@@ -113,6 +129,7 @@ def run_measure(
     policy_folder: str | Path,
     output_dir: str | Path | None = None,
     watch: Watch = UNWATCHED,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Certify the policy in a folder (a peft adapter or a whole model) against the target of `config`.
 
@@ -121,6 +138,7 @@ def run_measure(
         policy_folder: what `from_pretrained` loads.
         output_dir: where measure.json and the draws go; None writes nothing.
         watch: who looks on.
+        ranks: who shares the work; every one of them has to call this, and the first one writes.
 
     Returns:
         What measure.json holds.
@@ -129,16 +147,18 @@ def run_measure(
         ValueError: no such policy, or no beta (a kl_budget is solved by a plan first).
     """
     if config.method == "reward_model":
+        _check_alone(ranks)
         return measured_reward(config, Path(policy_folder), output_dir, watch=watch)
     if config.beta is None:
         raise ValueError(
             "measure: the beta of a kl_budget or reward_goal is found by a plan; give the directory of a run that "
             "was planned, or a beta"
         )
-    loaded = prepare(config, policy_folder=policy_folder)
+    loaded = ranks.together(partial(prepare, config, policy_folder=policy_folder, ranks=ranks))
+    watch = watch if ranks.first else UNWATCHED
     if output_dir is None:
         return _measured(loaded, config.beta, None, watch)
-    with tracked(watch, config, Path(output_dir)) as watch:
+    with _tracked(watch, config, Path(output_dir), ranks) as watch:
         return _measured(loaded, config.beta, Path(output_dir), watch)
 
 
@@ -257,12 +277,48 @@ def write_samples(output_dir: Path, samples: Samples) -> dict[str, Any]:
     }
 
 
-def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profile: bool = False) -> Outcome:
+def _check_alone(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        raise ValueError(
+            f"method reward_model: got {ranks.world} processes; it learns in one, leave out --nproc"
+        )
+
+
+def _tracked(watch: Watch, config: Config, path: Path, ranks: Ranks) -> AbstractContextManager[Watch]:
+    """`tracked` where somebody looks on: at the first rank."""
+    return tracked(watch, config, path) if ranks.first else nullcontext(UNWATCHED)
+
+
+def _run(
+    config: Config,
+    verbs: Sequence[str],
+    resume: bool,
+    watch: Watch,
+    profile: bool = False,
+    ranks: Ranks = ALONE,
+) -> Outcome:
+    """Load what is needed and call the verbs, with the directory of the run held."""
+    with ExitStack() as until_done:
+        return _held_run(config, verbs, resume, watch, profile, ranks, until_done)
+
+
+def _held_run(
+    config: Config,
+    verbs: Sequence[str],
+    resume: bool,
+    watch: Watch,
+    profile: bool,
+    ranks: Ranks,
+    until_done: ExitStack,
+) -> Outcome:
     path = Path(config.output_dir)
+    watch = watch if ranks.first else UNWATCHED
     if not resume:
-        store.check_free(path)
+        ranks.from_first(partial(store.check_free, path))
     if config.method == "reward_model":
-        done, found = learned_reward(config, verbs, resume=resume, watch=watch, profile=profile)
+        _check_alone(ranks)
+        hold = partial(_hold, path, until_done, watch)
+        done, found = learned_reward(config, verbs, resume=resume, watch=watch, profile=profile, hold=hold)
         halted = done.stopped and (done.state.step < config.max_steps or "measure" in verbs)
         outcome = Outcome(
             path, config.beta, None, found, done.state.step, profile=done.profile, interrupted=halted
@@ -277,35 +333,27 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
             f"kl_budget {config.kl_budget:g} nats needs about {draws_needed(config.kl_budget)} draws a prompt, "
             f"num_plan_draws is {config.num_plan_draws}; plan with more draws, or a smaller budget"
         )
-    loaded = prepare(config)
+    loaded = ranks.together(partial(prepare, config, ranks=ranks))
     if "train" in verbs and config.prompts_per_step > len(loaded.train_examples):
         raise ValueError(
             f"prompts_per_step {config.prompts_per_step} is more than the {len(loaded.train_examples)} prompts there "
             "are; use fewer a step"
         )
-    if resume:
-        written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        # the plan has put a beta in the place of a budget, and a directory may have been moved
-        settled = {name: written.get(name) for name in (*DESTINATIONS, "output_dir")}
-        store.create_run(path, config={**config.model_dump(), **settled}, resume=True)
-    else:
-        # as asked until the plan has found beta
-        store.create_run(
-            path, config=config.model_dump(), seed=config.seed, reward_hashes=reward_hashes(loaded)
-        )
+    ranks.from_first(partial(_hold, path, until_done, watch))
+    ranks.from_first(partial(_began, loaded, path, resume))
     outcome = Outcome(path, config.beta)
     pool = None
     if "plan" in verbs:
         try:
             pool, beta, record = planned(loaded, path, watch, to_train="train" in verbs)
         except ValueError:
-            if not resume:
+            if not resume and ranks.first:
                 store.undo_run(path)
             raise
         outcome = replace(outcome, beta=beta, plan=record)
     if "train" in verbs and loaded.judged:
         pool = _data(loaded, path, watch)
-    with tracked(watch, config, path) as told:
+    with _tracked(watch, config, path, ranks) as told:
         if outcome.plan is not None:
             told.event("plan", outcome.plan)
         if "train" in verbs:
@@ -327,17 +375,46 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
         if "measure" in verbs:
             assert outcome.beta is not None
             outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, told))
-    return replace(outcome, report=report(path, watch=watch))
+    return replace(outcome, report=report(path, watch=watch)) if ranks.first else outcome
+
+
+def _hold(path: Path, until_done: ExitStack, watch: Watch) -> None:
+    """Keep other runs out of the directory."""
+    if not until_done.enter_context(store.held(path)):
+        watch.event(
+            "warning", f"{path}: this file system knows no locks; see to it that no other run writes there"
+        )
+
+
+def _began(loaded: Loaded, path: Path, resume: bool) -> None:
+    """Make the directory of the run, or take up the one that is there."""
+    config = loaded.config
+    if resume:
+        written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        # the plan has put a beta in the place of a budget, and a directory may have been moved
+        settled = {name: written.get(name) for name in (*DESTINATIONS, "output_dir")}
+        store.create_run(path, config={**config.model_dump(), **settled}, resume=True)
+    else:
+        # as asked until the plan has found beta
+        store.create_run(
+            path, config=config.model_dump(), seed=config.seed, reward_hashes=reward_hashes(loaded)
+        )
 
 
 def _data(loaded: Loaded, path: Path, watch: Watch) -> Pool:
     """The judged completions under the reference, from draws/data.parquet where a killed run left it."""
     where = store.draws_path(path, "data")
-    if where.is_file():
+
+    def kept() -> Pool | None:
+        if not where.is_file():
+            return None
         found = store.read_draws(where, expect_hashes=loaded.hashes)
         assert found.reward is not None
         assert found.log_ref is not None
         return Pool(found.draws, found.reward, found.log_ref, token_log_ref=found.token_log_ref)
+
+    if (there := loaded.ranks.from_first(kept)) is not None:
+        return there
     length = loaded.config.max_completion_length
     pool = judged_pool(loaded.judged, loaded.reference, max_completion_length=length, progress=watch.progress)
     if cut := int((~pool.draws.finished).sum()):
@@ -345,9 +422,13 @@ def _data(loaded: Loaded, path: Path, watch: Watch) -> Pool:
             "warning",
             f"{cut} of {pool.reward.numel()} completions were cut at max_completion_length {length}: what follows is not learned",
         )
-    where.parent.mkdir(parents=True, exist_ok=True)
-    store.write_pool(where, pool, verb="data", hashes=loaded.hashes)
+    loaded.ranks.from_first(partial(_write_pool, where, pool, "data", loaded.hashes))
     return pool
+
+
+def _write_pool(where: Path, pool: Pool, verb: str, hashes: Mapping[str, str]) -> None:
+    where.parent.mkdir(parents=True, exist_ok=True)
+    store.write_pool(where, pool, verb=verb, hashes=hashes)
 
 
 def report(path: Path, *, watch: Watch = UNWATCHED) -> Path | None:
@@ -390,14 +471,20 @@ def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> 
     record = measure_record(found, target=target_record(config.target))
     if loaded.judged_test:
         record["comparisons"] = _orders(loaded, beta, watch)
-    if path is not None:
-        draws = path / "draws"
-        draws.mkdir(parents=True, exist_ok=True)
-        for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
-            store.write_pool(draws / f"{verb}.parquet", pool, verb=verb, hashes=loaded.hashes)
-        if (path / "config.yaml").is_file():  # with the plan and the steps beside the draws
-            record["diagnosis"] = diagnosis_record(diagnosed(path, measured=record))
-        store.write_json(path / "measure.json", record)
+    if path is None:
+        return record
+    return loaded.ranks.from_first(partial(_write_certified, path, record, found, loaded.hashes))
+
+
+def _write_certified(
+    path: Path, record: dict[str, Any], found: Measurement, hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write the draws, and the record with what a diagnosis finds in the run's files."""
+    for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
+        _write_pool(store.draws_path(path, verb), pool, verb, hashes)
+    if (path / "config.yaml").is_file():  # with the plan and the steps beside the draws
+        record["diagnosis"] = diagnosis_record(diagnosed(path, measured=record))
+    store.write_json(path / "measure.json", record)
     return record
 
 
@@ -414,10 +501,8 @@ def _measured_without_reward(loaded: Loaded, beta: float, path: Path | None, wat
         progress=watch.progress,
     )
     record = unrewarded_record(pool, _orders(loaded, beta, watch), beta, target=target_record(config.target))
-    if path is not None:
-        where = store.draws_path(path, "measure")
-        where.parent.mkdir(parents=True, exist_ok=True)
-        store.write_pool(where, pool, verb="measure", hashes=loaded.hashes)
+    if path is not None and loaded.ranks.first:
+        _write_pool(store.draws_path(path, "measure"), pool, "measure", loaded.hashes)
         store.write_json(path / "measure.json", record)
     return record
 
@@ -460,6 +545,6 @@ def _measured_distance(
         target=target_record(config.target),
         prompt_tokens={**lengths, "policy": lengths["policy"] + virtual, "virtual": virtual},
     )
-    if path is not None:
+    if path is not None and loaded.ranks.first:
         store.write_json(path / "measure.json", record)
     return record

@@ -24,10 +24,11 @@ from klimb.loaded import Loaded, generator_for
 from klimb.log_z import plan_log_z, start_learned, start_log_z
 from klimb.measure import certify
 from klimb.models.critic import Critic
-from klimb.models.families import save_policy
+from klimb.models.families import save_policy, whole_state
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
 from klimb.plan import draw_pool
 from klimb.profile import Seen, looked_at, memory_used, steps_to_look_at, write_profile
+from klimb.ranks import ALONE, Ranks
 from klimb.records import step_record
 from klimb.samplers.replay import Replay
 from klimb.steps import Step, TrainState
@@ -81,7 +82,7 @@ def trained(
     target = aimed_at(config.target, loaded.reference, loaded.reward, beta)
     moving = moved_by(config, list(loaded.policy.parameters()), _critic(loaded))
     state, examples = _first(loaded, pool, target)
-    state = taken_up(path, state, moving, resume, watch)
+    state = taken_up(path, state, moving, resume, watch, ranks=loaded.ranks)
     if config.method == "distill":
         steps = _taught(loaded, moving, state, examples)
     else:
@@ -89,18 +90,27 @@ def trained(
     if (said := caution(config)) is not None:
         watch.event("warning", said)
     seen = Seen()
-    if profile:
+    if profile and loaded.ranks.first:
         which = steps_to_look_at(state.step, config.max_steps, replay_steps=config.replay_steps)
         steps = looked_at(steps, which, seen, first=state.step, device=loaded.policy.device)
     evaluate = partial(_evaluated, loaded, target, _reference_of_evaluation(loaded))
     state, stopped = carried_out(
-        steps, config, path, moving, state, hashes=loaded.hashes, evaluate=evaluate, watch=watch
+        steps,
+        config,
+        path,
+        moving,
+        state,
+        hashes=loaded.hashes,
+        evaluate=evaluate,
+        watch=watch,
+        ranks=loaded.ranks,
     )
     if stopped and state.step < config.max_steps:
         return Trained(state, stopped=True, profile=_profiled(seen, path, loaded, moving))
     write_out(moving.result, moving.parameters)  # from here on the policy is what was averaged
-    store.write_directory_whole(path / "policy", partial(save_policy, loaded.policy))
-    stopped = stopped or watch.stop()
+    save = partial(save_policy, loaded.policy, state=whole_state(loaded.policy))
+    loaded.ranks.from_first(partial(store.write_directory_whole, path / "policy", save))
+    stopped = stopped or loaded.ranks.from_first(watch.stop)
     watch.event("trained", {"step": state.step})
     return Trained(state, stopped, _profiled(seen, path, loaded, moving))
 
@@ -115,6 +125,7 @@ def carried_out(
     hashes: Mapping[str, str],
     evaluate: Callable[[int], dict[str, Any]],
     watch: Watch,
+    ranks: Ranks = ALONE,
 ) -> tuple[TrainState, bool]:
     """Take steps of any kind, each written down, with checkpoints between them; where they came to, and whether they were to stop."""
     watch.event("train", {"step": state.step, "max_steps": config.max_steps})
@@ -131,17 +142,17 @@ def carried_out(
         if config.eval_steps is not None and step.step % config.eval_steps == 0:
             with speaking_as(moving.result, moving.optimizer, moving.parameters):
                 record["evaluation"] = evaluate(step.step)
-        _write_down(step, record, path, hashes)
+        ranks.from_first(partial(_write_down, step, record, path, hashes))
         for about, warning in step.warnings.items():
             if about not in told:
                 watch.event("warning", warning)
         told.update(step.warnings)
         watch.event("step", record)
-        stopped = watch.stop()
+        stopped = ranks.from_first(watch.stop)
         if stopped or step.step % config.save_steps == 0 or step.step == config.max_steps:
-            store.save_checkpoint(
-                path / "checkpoints", step.step, *saved(state, moving), keep=config.save_total_limit
-            )
+            tensors, rest = saved(state, moving)
+            save = partial(store.save_checkpoint, path / "checkpoints", step.step, tensors, rest)
+            ranks.from_first(lambda: str(save(keep=config.save_total_limit)))  # noqa: B023
             watch.event("checkpoint", {"step": step.step})
         if stopped:
             return state, True
@@ -276,17 +287,30 @@ def _first(loaded: Loaded, pool: Pool | None, target: Target) -> tuple[TrainStat
     return TrainState(replay=replay, log_z=None if own is None else own(pool, examples, target)), examples
 
 
-def taken_up(path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch) -> TrainState:
+def taken_up(
+    path: Path, state: TrainState, moving: Moving, resume: bool, watch: Watch, *, ranks: Ranks = ALONE
+) -> TrainState:
     """The newest checkpoint, or `state` where there is none; what came after it is removed."""
-    if resume and store.list_checkpoints(path / "checkpoints"):
-        checkpoint = store.load_latest_checkpoint(path / "checkpoints")
+    checkpoint = ranks.from_first(partial(_newest, path)) if resume else None
+    if checkpoint is not None:
         for warning in checkpoint.warnings:
             watch.event("warning", warning)
         state = restore(checkpoint, moving, replay=state.replay)
-    if (path / "metrics.jsonl").is_file():
-        store.truncate_jsonl(path / "metrics.jsonl", state.step)
-    store.remove_draws_after(path, "train", state.step)
+    ranks.from_first(partial(_forget_after, path, state.step))
     return state
+
+
+def _newest(path: Path) -> store.Checkpoint | None:
+    """The newest checkpoint of a run, if it has any."""
+    folder = path / "checkpoints"
+    return store.load_latest_checkpoint(folder) if store.list_checkpoints(folder) else None
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Remove what a run wrote of later steps."""
+    if (path / "metrics.jsonl").is_file():
+        store.truncate_jsonl(path / "metrics.jsonl", step)
+    store.remove_draws_after(path, "train", step)
 
 
 def _check_useful(step: Step, rewards: set[float]) -> None:

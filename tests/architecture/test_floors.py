@@ -18,7 +18,7 @@ SOURCE = Path(klimb.__file__).parent
 FLOORS = [  # from the bottom
     {"numbers", "objectives"},
     {"exact"},
-    {"data", "nearest", "spans"},
+    {"data", "nearest", "ranks", "spans"},
     {"models", "samplers", "rewards", "target"},
     {"methods", "backward"},
     {"learn", "log_z"},
@@ -29,8 +29,19 @@ FLOORS = [  # from the bottom
     {"loaded", "choice", "aim"},
     {"training", "planning", "diagnosis"},
     {"run", "reward_run", "problems"},
+    {"integrations"},
     {"screen", "screen_derive", "screen_profile", "screen_diagnose", "screen_reward"},
-    {"cli", "cli_data", "cli_methods", "cli_derive", "cli_diagnose", "cli_report", "cli_explore", "__main__"},
+    {
+        "cli",
+        "cli_data",
+        "cli_methods",
+        "cli_derive",
+        "cli_diagnose",
+        "cli_report",
+        "cli_explore",
+        "launch",
+        "__main__",
+    },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 VERBS = {"plan", "train", "measure", "sample"}

@@ -378,7 +378,7 @@ def test_a_running_log_z_is_taken_up_where_it_was(running, tmp_path, monkeypatch
         monkeypatch.setattr(
             training,
             "taken_up",
-            lambda path, state, *rest: replace(real(path, state, *rest), log_z=state.log_z),
+            lambda path, state, *rest, **more: replace(real(path, state, *rest, **more), log_z=state.log_z),
         )
     run_train(at(running, tmp_path / "run"), resume=True)
     a, b = everything(tmp_path / "run"), everything(never)

@@ -307,6 +307,8 @@ class Config(BaseModel):
     """another model of the same tokenizer; left out: the starting policy"""
     family: Annotated[Lora | Full | SoftPrompt | Prefix, Field(discriminator="kind")] = Lora()
     """which weights move"""
+    shard: bool = False
+    """with several processes (--nproc, torchrun): split layers, gradients and optimizer over them (FSDP2)"""
 
     dataset_name: str
     """file of prompts (.jsonl, .csv, .parquet), folder, or id of a data set"""

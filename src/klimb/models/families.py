@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from klimb.models.low_rank import fuse_adapters
 from klimb.models.policy import CausalPolicy, adapters, check_head
 from klimb.models.prefix import load_prefix, save_prefix
+from klimb.models.sharded import gathered
 from klimb.models.soft_prompt import load_soft_prompt, save_soft_prompt
 
 VIRTUAL = {"PROMPT_TUNING": load_soft_prompt, "PREFIX_TUNING": load_prefix}
@@ -132,21 +134,44 @@ def lora(
     return policy, reference
 
 
-def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
-    """Write what `from_pretrained` loads: a peft adapter if there is one, otherwise the whole model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def save_policy(
+    policy: CausalPolicy, folder: str | Path, *, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write what `from_pretrained` loads: a peft adapter if there is one, otherwise the whole model.
 
+    `state` is what `whole_state` gave, where layers are split over ranks.
+    """
     if policy.num_virtual:
         (save_prefix if policy.virtual is None else save_soft_prompt)(policy, folder)
         policy.tokenizer.save_pretrained(folder)
         return
-    wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
-    if wrapped is not None and any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
-        wrapped.save_pretrained(folder, selected_adapters=["policy"], safe_serialization=True)
+    saved, adapted = _saved_module(policy)
+    given = {} if state is None else {"state_dict": dict(state)}
+    if adapted:
+        saved.save_pretrained(folder, selected_adapters=["policy"], safe_serialization=True, **given)
         _lift(Path(folder) / "policy", Path(folder))
     else:
-        policy.model.save_pretrained(folder, safe_serialization=True)
+        saved.save_pretrained(folder, safe_serialization=True, **given)
     policy.tokenizer.save_pretrained(folder)
+
+
+def whole_state(policy: CausalPolicy) -> dict[str, Tensor] | None:
+    """The weights to be saved, on the CPU; None where no layer is split over ranks. All ranks call this together."""
+    if policy.sharded.world == 1:
+        return None
+    saved, adapted = _saved_module(policy)
+    weights = {name: x for name, x in saved.state_dict().items() if ".lora_" in name or not adapted}
+    return {name: gathered(x).cpu() for name, x in weights.items()}
+
+
+def _saved_module(policy: CausalPolicy) -> tuple[Any, bool]:
+    """The module whose `save_pretrained` writes the policy, and whether it writes an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
+    if wrapped is not None and any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
+        return wrapped, True
+    return policy.model, False
 
 
 def adapter_kind(folder: str | Path) -> str | None:

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from klimb.data import Draws, Example, chunks
+from klimb.data import Draws, Example, chunks, select
 from klimb.models.context import in_context
 from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
 from klimb.models.room import remembering
+from klimb.models.sharded import whole
 from klimb.models.shared_attention import laid_out
 from klimb.models.written_out import LONGEST, is_llama_like, through_layers
+from klimb.ranks import ALONE, Ranks
 
 CHUNK_TOKENS = {"cuda": 4096}
 """512 keep a CPU busy and its memory small; a GPU would wait for Python with so few"""
@@ -42,6 +44,8 @@ class CausalPolicy:
         context: what this policy sees before every prompt (`klimb.models.context`), or nothing.
         virtual: [n, D] embeddings before every prompt, or None (`klimb.models.soft_prompt`).
         prefix: [n, L, 2, H, W] keys and values of each layer before every prompt, or None (`klimb.models.prefix`).
+        ranks: who shares the work of scoring, without gradients, by whole prompts.
+        sharded: who holds parts of its layers (`klimb.models.sharded`).
     """
 
     model: Any
@@ -53,6 +57,8 @@ class CausalPolicy:
     context: str = ""
     virtual: Tensor | None = None
     prefix: Tensor | None = None
+    ranks: Ranks = ALONE
+    sharded: Ranks = ALONE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
@@ -140,18 +146,37 @@ class CausalPolicy:
 
         Not the same as the log-probability under a sampler's temperature or top-p: this is always the policy's own.
         """
+        if self.ranks.world > 1:
+            return torch.cat([tokens for tokens, _ in self._shared(draws, states=False)])
         return self.log_prob_and_hidden(draws)[0]
 
     def log_prob_and_hidden(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """`log_prob` [N] on the CPU, and the `hidden` states [N, D] it was taken from, where they are."""
+        if self.ranks.world > 1:
+            tokens, states = zip(*self._shared(draws, states=True), strict=True)
+            return torch.cat(tokens), torch.cat(states)
         if not draws.examples:
             return torch.zeros(0), torch.zeros(0, 0)
         tokens = torch.cat([ids for group in draws.completions for ids in group]).to(self.device)
         hidden = self.hidden(draws)
         return token_log_prob(hidden, self.head, tokens).to("cpu"), hidden
 
+    def _shared(self, draws: Draws, *, states: bool) -> list[tuple[Tensor, Tensor]]:
+        """`log_prob_and_hidden` of each rank's share of the prompts, states only if asked for."""
+
+        @torch.no_grad()
+        def own() -> tuple[Tensor, Tensor]:
+            here = replace(self, ranks=ALONE)
+            tokens, hidden = here.log_prob_and_hidden(select(draws, self.ranks.share(draws.num_prompts)))
+            return tokens, hidden.cpu() if states else hidden[:0].cpu()
+
+        with whole(self):
+            return [part for part in self.ranks.gather(own) if len(part[0])]
+
     def _hidden(self, draws: Draws) -> Tensor:
         prompts = [self._prompt_ids(example) for example in draws.examples]
+        if self.sharded.world > 1 and torch.is_grad_enabled():
+            return self._hidden_by_rows(draws, prompts)
         longest = max(map(len, prompts)) + int(draws.lengths.max())
         if self.prefix is None and longest <= LONGEST and is_llama_like(self.model):
             return self._hidden_packed(draws, prompts)
@@ -178,6 +203,29 @@ class CausalPolicy:
             hidden = torch.cat([hidden, later], 1)
         kept = torch.arange(width + 1, device=self.device) < lengths[:, None]
         return hidden[kept]
+
+    def _hidden_by_rows(self, draws: Draws, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The same in one call of the model, the prompt read again in every row: each layer is gathered once for it."""
+        rows = [
+            (torch.tensor(prompt), ids)
+            for prompt, group in zip(prompts, draws.completions, strict=True)
+            for ids in group
+        ]
+        width = max(len(prompt) + max(len(ids) - 1, 0) for prompt, ids in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        predicts = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (prompt, completion) in enumerate(rows):
+            read = torch.cat([prompt, completion[:-1]])
+            ids[i, : len(read)], mask[i, : len(read)] = read, 1
+            predicts[i, len(prompt) - 1 : len(prompt) - 1 + len(completion)] = True
+        # no attention mask: what stands on the right of a row is hidden from it anyway
+        states = self.body(
+            **self._embedded(ids.to(self.device), mask.to(self.device)),
+            position_ids=torch.arange(width, device=self.device).expand(len(rows), -1),
+            use_cache=False,
+        ).last_hidden_state
+        return states[predicts.to(self.device)]
 
     def _hidden_packed(self, draws: Draws, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The same through Llama's layers written out: prompts and completions packed, each token once."""

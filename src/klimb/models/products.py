@@ -158,6 +158,12 @@ def _adapters_side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
     return a, scale, b
 
 
+def forget_laid_out(model: nn.Module) -> None:
+    """Forget the copies that were laid out for the processor: of layers that are split over ranks, which come and go unversioned."""
+    for module in model.modules():
+        module.__dict__.pop("laid_out", None)
+
+
 def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tensor, ...], bool]:
     """The weights; on a CPU above one another, packed where it gains by it, kept beside the first until one changes."""
     if weights[0].device.type != "cpu":  # a copy would cost memory that a large model has not

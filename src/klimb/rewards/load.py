@@ -26,7 +26,7 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -34,8 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klimb.data import Draws, Prompt, Reward
+from klimb.data import Draws, Prompt, Reward, select
 from klimb.nearest import nearest, nearest_file
+from klimb.ranks import ALONE, Ranks
 from klimb.rewards.builtin import BUILTIN, bound, made, parted
 from klimb.rewards.ensemble import Ensemble
 from klimb.rewards.log_ratio import LogRatio
@@ -54,12 +55,14 @@ class WeightedSum:
         weights: name -> weight, any finite number; with 0 a reward is reported and not counted.
         caches: name -> what remembers a reward's values, for those that have one (`klimb.rewards.cache`).
         members: name of an ensemble -> names of its members, ensemble/member, which stand before it with weight 0.
+        ranks: who shares the work of `score`, by whole prompts.
     """
 
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
     caches: Mapping[str, Callable[..., list[float | None]]] = field(default_factory=dict)
     members: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: object
@@ -230,6 +233,8 @@ def score(reward: Reward, draws: Draws) -> Rewards:
     """
     if isinstance(reward, LogRatio):
         return Rewards(reward.of_draws(draws), {})
+    if isinstance(reward, WeightedSum) and reward.ranks.world > 1:
+        return _shared_score(reward, draws)
     if draws.texts is None:
         raise ValueError(
             "score: got draws without texts, expected decoded ones; decode the completions first"
@@ -263,6 +268,21 @@ def score(reward: Reward, draws: Draws) -> Rewards:
             )
             for name, values in parts.items()
         },
+    )
+
+
+def _shared_score(reward: WeightedSum, draws: Draws) -> Rewards:
+    """Every completion's reward, each rank calling the reward on its share of the prompts."""
+    alone = replace(reward, ranks=ALONE)
+
+    def own() -> Rewards | None:
+        share = reward.ranks.share(draws.num_prompts)
+        return score(alone, select(draws, share)) if share else None
+
+    found = [part for part in reward.ranks.gather(own) if part is not None]
+    return Rewards(
+        torch.cat([part.total for part in found]),
+        {name: torch.cat([part.parts[name] for part in found]) for name in found[0].parts},
     )
 
 

@@ -32,6 +32,7 @@ def ancestral(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_rows: int = 192,
+    own: Sequence[int] | None = None,
 ) -> Draws:
     """`num_draws` completions of each example, each drawn by itself from the policy.
 
@@ -48,6 +49,8 @@ def ancestral(
         temperature: divides the logits.
         top_p: keep the smallest set of tokens with at least this probability.
         batch_rows: how many completions are drawn side by side.
+        own: numbers of the examples to be drawn of, in order; left out, all. Each gets the completions that it gets beside the
+            others, and the generator moves on as if all were drawn.
 
     Returns:
         Draws with log_q [P, G], nats.
@@ -71,6 +74,9 @@ def ancestral(
     uniforms = torch.rand(
         len(examples) * num_draws, max_completion_length, generator=generator, dtype=torch.float64
     )
+    if own is not None:
+        uniforms = uniforms.reshape(len(examples), num_draws, max_completion_length)[list(own)].flatten(0, 1)
+        examples, prompts = [examples[i] for i in own], [prompts[i] for i in own]
     # prompts of like length side by side, so that little is padded
     order = sorted(range(len(examples)), key=lambda p: len(prompts[p]))
     at_once = max(1, batch_rows // num_draws)
@@ -97,7 +103,9 @@ def ancestral(
             "ancestral: the policy gives NaN as the probability of a token; its weights or activations are not finite. "
             "Try dtype float32, or go back to an earlier checkpoint"
         )
-    finished = torch.tensor([[int(ids[-1]) in policy.end for ids in group] for group in completions])
+    finished = torch.tensor(
+        [[int(ids[-1]) in policy.end for ids in group] for group in completions], dtype=torch.bool
+    )
     return Draws(
         examples=list(examples),
         completions=completions,

@@ -17,7 +17,15 @@ checkpoints.py   what a training goes on from
 from klimb.store.checkpoints import Checkpoint, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from klimb.store.draws import StoredDraws, read_draws, write_draws, write_pool
 from klimb.store.rows import check_new, write_rows
-from klimb.store.run import check_free, create_run, draws_path, environment, remove_draws_after, undo_run
+from klimb.store.run import (
+    check_free,
+    create_run,
+    draws_path,
+    environment,
+    held,
+    remove_draws_after,
+    undo_run,
+)
 from klimb.store.whole import (
     append_jsonl,
     as_json,
@@ -40,6 +48,7 @@ __all__ = [
     "create_run",
     "draws_path",
     "environment",
+    "held",
     "list_checkpoints",
     "load_latest_checkpoint",
     "read_draws",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import yaml
 from klimb.nearest import nearest_run
 from klimb.store.whole import as_yaml, clear_interrupted, write_json, write_yaml
 
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.ENOSYS)
 PACKAGES = (
     "klimb",
     "torch",
@@ -64,6 +68,37 @@ def create_run(
     write_json(run / "env.json", environment(seed=seed, reward_hashes=reward_hashes))
     write_yaml(config_file, config)  # last: it is what makes the folder a run
     return run
+
+
+@contextlib.contextmanager
+def held(run: str | Path) -> Generator[bool]:
+    """Within this context nobody else holds this directory, which is made if it is not there; a process that dies lets go of it.
+
+    Yields:
+        False where the file system knows no locks (some that go over a network), and nobody can be kept out.
+
+    Raises:
+        ValueError: somebody else holds it.
+    """
+    import fcntl
+
+    Path(run).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{run}: another klimb is writing there now; wait for it, or use another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def check_free(output_dir: str | Path) -> None:
