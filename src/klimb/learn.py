@@ -46,6 +46,8 @@ class Recipe:
         kl_target: nats a completion that a controller of beta holds KL(pi||ref) at; None for a fixed beta.
         kl_horizon: completions over which that controller follows by a fifth.
         log_z_rate: how far a learned log Z goes towards a batch's mean residual; 1 is all the way.
+        importance_cap: fresh draws are weighed by what the trainer says of them over what the sampler said, at most this; None
+            believes the sampler of the policy's own draws, and weighs those of an earlier policy without a limit.
     """
 
     objective: Objective
@@ -61,6 +63,7 @@ class Recipe:
     kl_target: float | None = None
     kl_horizon: float = 1000.0
     log_z_rate: float = 0.1
+    importance_cap: float | None = None
 
 
 def learn(
@@ -117,7 +120,13 @@ def learn(
         numbers = known if whole else of_prompts(known, draws.lengths, index)
         optimizer.zero_grad()
         passed = backward(
-            policy, here, numbers, recipe.objective, scale=scale / len(index), num_fresh=num_fresh
+            policy,
+            here,
+            numbers,
+            recipe.objective,
+            scale=scale / len(index),
+            num_fresh=num_fresh,
+            importance_cap=recipe.importance_cap,
         )
         if len(seen) < recipe.num_minibatches:
             seen.append((part, passed))

@@ -134,19 +134,34 @@ def lora(
 
 def save_policy(policy: CausalPolicy, folder: str | Path) -> None:
     """Write what `from_pretrained` loads: a peft adapter if there is one, otherwise the whole model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if policy.num_virtual:
         (save_prefix if policy.virtual is None else save_soft_prompt)(policy, folder)
         policy.tokenizer.save_pretrained(folder)
         return
-    wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
-    if wrapped is not None and any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
-        wrapped.save_pretrained(folder, selected_adapters=["policy"], safe_serialization=True)
-        _lift(Path(folder) / "policy", Path(folder))
+    adapter = speaking_adapter(policy)
+    if adapter is not None:
+        save_adapter(adapter[0], "policy", folder)
     else:
         policy.model.save_pretrained(folder, safe_serialization=True)
     policy.tokenizer.save_pretrained(folder)
+
+
+def speaking_adapter(policy: CausalPolicy) -> tuple[Any, str | None] | None:
+    """The peft model that a policy's layers belong to, and which of its adapters speaks; None where there is no such model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(policy.activate, partial):
+        return None
+    wrapped = policy.activate.args[0]
+    if not any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
+        return None
+    return wrapped, policy.activate.keywords["active"]
+
+
+def save_adapter(wrapped: Any, name: str, folder: str | Path) -> None:
+    """Write one adapter of a peft model as peft itself loads it."""
+    wrapped.save_pretrained(folder, selected_adapters=[name], safe_serialization=True)
+    _lift(Path(folder) / name, Path(folder))
 
 
 def adapter_kind(folder: str | Path) -> str | None:
