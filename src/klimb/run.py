@@ -33,6 +33,7 @@ from klimb.offline import judged_pool, orders
 from klimb.planning import planned, replanned
 from klimb.records import diagnosis_record, distance_record, measure_record, unrewarded_record
 from klimb.reward_run import learned_reward, measured_reward
+from klimb.rewards.unscored import Unscored
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -298,8 +299,8 @@ def _run(config: Config, verbs: Sequence[str], resume: bool, watch: Watch, profi
     if "plan" in verbs:
         try:
             pool, beta, record = planned(loaded, path, watch, to_train="train" in verbs)
-        except ValueError:
-            if not resume:
+        except ValueError as error:
+            if not resume and not isinstance(error, Unscored):
                 store.undo_run(path)
             raise
         outcome = replace(outcome, beta=beta, plan=record)
