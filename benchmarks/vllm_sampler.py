@@ -44,6 +44,8 @@ def served(python, folder, dtype, log):
         port = free.getsockname()[1]
     words = ["--model", folder, "--host", "127.0.0.1", "--port", port, "--dtype", dtype, "--enforce-eager"]
     words += ["--enable-lora", "--max-lora-rank", 16, "--max-loras", 2, "--max-model-len", 512]
+    # on a CPU a draw with a seed ends the engine where its prompt is read in two parts
+    words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192]
     words += ["--logprobs-mode", "processed_logprobs"]
     with log.open("wb") as said:
         process = subprocess.Popen(

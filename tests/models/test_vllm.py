@@ -116,6 +116,8 @@ def real_vllm(folder, log):
     }
     words = ["--model", folder, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
     words += ["--enforce-eager", "--enable-lora", "--max-lora-rank", 16, "--max-loras", 2]
+    # on a CPU a draw with a seed ends the engine where its prompt is read in two parts
+    words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192]
     words += ["--max-model-len", 64, "--logprobs-mode", "processed_logprobs"]
     with log.open("wb") as said:
         process = subprocess.Popen(
