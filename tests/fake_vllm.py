@@ -63,12 +63,12 @@ def fake_vllm(model_folder, *, ends):
 
         def do_POST(self):
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            fault = fake.fault(self.path, payload)
-            if fault == "die":
+            with lock:  # one after the other; and transformers loads models by changing torch for all threads
+                fault = fake.fault(self.path, payload)
+                said = None if fault == "die" else fault or answer(self.path, payload)
+            if said is None:
                 self.close_connection = True
                 return
-            with lock:  # transformers loads models by changing torch for all threads
-                said = fault or answer(self.path, payload)
             self.reply(*said)
 
         def reply(self, status, body):
