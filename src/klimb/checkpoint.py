@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from klimb import store
+from klimb.data import Draws
 from klimb.log_z import LearnedLogZ
 from klimb.models.critic import Critic
 from klimb.models.master import masters, write_out
 from klimb.models.sharded import gathered, parted
 from klimb.numbers.running import RunningLogZ
+from klimb.samplers.ahead import Ahead
 from klimb.samplers.replay import Kept, Replay
 from klimb.steps import TrainState
 
@@ -70,6 +72,9 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
             dtype=torch.float64,
         ),
     }
+    ahead = [(one, one.draws()) for one in state.ahead]  # waits: what was drawn must not be lost
+    for i, (_, draws) in enumerate(ahead):
+        tensors |= _of_draws(f"ahead.{i}", draws)
     if state.log_z is not None:
         tensors |= {f"log_z.{name}": x for name, x in vars(state.log_z).items()}
     if moving.critic_optimizer is not None:
@@ -79,6 +84,17 @@ def saved(state: TrainState, moving: Moving) -> tuple[dict[str, Tensor], dict[st
         "step": state.step,
         "order": list(state.order),
         "beta": state.beta,
+        "ahead": [
+            {
+                "step": one.step,
+                "version": one.version,
+                "prompts": list(one.prompts),
+                "texts": draws.texts,
+                "full_support": draws.full_support,
+                "own_law": draws.own_law,
+            }
+            for one, draws in ahead
+        ],
         "learning_rates": [group["lr"] for group in moving.optimizer.param_groups],
         "scheduler": {
             name: x for name, x in moving.scheduler.state_dict().items() if isinstance(x, int | float | list)
@@ -126,7 +142,46 @@ def restore(checkpoint: store.Checkpoint, moving: Moving, *, replay: Replay) -> 
         _replay(tensors, rest["replay"], replay),
         (LearnedLogZ if "value" in log_z else RunningLogZ)(**log_z) if log_z else None,
         rest["beta"],
+        tuple(_ahead(f"ahead.{i}", one, tensors) for i, one in enumerate(rest.get("ahead", ()))),
     )
+
+
+def _of_draws(kind: str, draws: Draws) -> dict[str, Tensor]:
+    rows = [ids for group in draws.completions for ids in group]
+    assert draws.log_q is not None
+    return {
+        f"{kind}.tokens": torch.cat(rows),
+        f"{kind}.lengths": draws.lengths,
+        f"{kind}.finished": draws.finished,
+        f"{kind}.log_q": draws.log_q,
+        **({} if draws.token_log_q is None else {f"{kind}.token_log_q": _packed(draws)}),
+    }
+
+
+def _packed(draws: Draws) -> Tensor:
+    assert draws.packed_log_q is not None
+    return draws.packed_log_q
+
+
+def _ahead(kind: str, one: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ahead:
+    """Draws begun for a step to come; their examples are put back by whoever takes them."""
+    lengths = tensors[f"{kind}.lengths"]
+
+    def ragged(name: str) -> list[list[Tensor]]:
+        rows = iter(tensors[f"{kind}.{name}"].split(lengths.flatten().tolist()))
+        return [[next(rows) for _ in group] for group in lengths]
+
+    draws = Draws(
+        examples=[],
+        completions=ragged("tokens"),
+        finished=tensors[f"{kind}.finished"],
+        texts=one["texts"],
+        log_q=tensors[f"{kind}.log_q"],
+        full_support=one["full_support"],
+        own_law=one["own_law"],
+        token_log_q=ragged("token_log_q") if f"{kind}.token_log_q" in tensors else None,
+    )
+    return Ahead(one["step"], one["version"], tuple(one["prompts"]), lambda: draws)
 
 
 def _slots(kind: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

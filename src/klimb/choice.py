@@ -18,6 +18,7 @@ from klimb.methods import (
     Method,
     method,
     takes_penalty,
+    weighs_by_law,
     with_penalty,
     working_with,
     works,
@@ -31,6 +32,9 @@ from klimb.objectives.kl_penalty import CELLS
 from klimb.objectives.preference import given, logistic
 
 Numbers = Callable[..., Tensor]
+
+SERVER_CAP = 2.0
+"""where weights between a vLLM server and the trainer are cut unless said"""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,8 @@ def chosen(config: Config) -> Choice:
         objective = partial(objective, clip=config.clip)
     if bounds := _ratio_bounds(config):
         objective = partial(objective, clip=partial(_clip_of(row), **bounds))
-    if config.importance_cap is not None:
-        limit = partial(truncated, cap=config.importance_cap)
+    if (cap := importance_cap(config)) is not None and "correct" in signature(objective).parameters:
+        limit = partial(truncated, cap=cap)
         objective = partial(objective, correct=partial(importance, limit=limit))
     if config.kl_penalty is not None:
         penalised = with_penalty(replace(row, objective=objective, derived=derived), config.kl_penalty)
@@ -143,7 +147,8 @@ def refusals(config: Config, row: Method) -> Iterator[str]:
             f"epsilon bounds the ratio to the policy that drew, and {name} does not clip it; leave epsilon out, or use a "
             "method such as ppo or grpo"
         )
-    if config.importance_cap is not None and "correct" not in options:
+    weighed = config.sampler.kind == "vllm" and weighs_by_law(row.objective)
+    if config.importance_cap is not None and "correct" not in options and not weighed:
         yield (
             f"importance_cap bounds the weight between sampler and trainer, and {name} has none; leave it out, or use a "
             "method such as ppo or grpo"
@@ -236,6 +241,13 @@ def caution(config: Config) -> str | None:
         return None
     right = " and ".join(name for name, key in KL_PENALTIES.items() if CELLS[key].right)
     return f"kl_penalty {config.kl_penalty}: {cell.says}; right are {right}"
+
+
+def importance_cap(config: Config) -> float | None:
+    """Where the weight of a draw between sampler and trainer is cut; None where the sampler is believed."""
+    if config.importance_cap is not None or config.sampler.kind != "vllm":
+        return config.importance_cap
+    return SERVER_CAP
 
 
 def fresh_only(row: Method) -> bool:

@@ -48,6 +48,8 @@ class Recipe:
         kl_target: nats a completion that a controller of beta holds KL(pi||ref) at; None for a fixed beta.
         kl_horizon: completions over which that controller follows by a fifth.
         log_z_rate: how far a learned log Z goes towards a batch's mean residual; 1 is all the way.
+        importance_cap: fresh draws are weighed by what the trainer says of them over what the sampler said, at most this; None
+            believes the sampler of the policy's own draws, and weighs those of an earlier policy without a limit.
     """
 
     objective: Objective
@@ -63,6 +65,7 @@ class Recipe:
     kl_target: float | None = None
     kl_horizon: float = 1000.0
     log_z_rate: float = 0.1
+    importance_cap: float | None = None
 
 
 def learn(
@@ -120,7 +123,7 @@ def learn(
         here = draws if whole else select(draws, index)
         numbers = known if whole else of_prompts(known, draws.lengths, index)
         optimizer.zero_grad()
-        passed = _passed(policy, here, numbers, recipe.objective, scale / len(index), num_fresh)
+        passed = _passed(policy, here, numbers, recipe, scale / len(index), num_fresh)
         if len(seen) < recipe.num_minibatches:
             seen.append((part, passed))
         if several:
@@ -140,14 +143,15 @@ def _passed(
     policy: CausalPolicy,
     draws: Draws,
     numbers: Mapping[str, Tensor],
-    objective: Objective,
+    recipe: Recipe,
     scale: float,
     num_fresh: int,
 ) -> Passed:
     """The backward pass: of all prompts, or of this rank's share, and then of all by the sum over the ranks."""
     ranks = policy.ranks
+    of_all: dict[str, Any] = {"num_fresh": num_fresh, "importance_cap": recipe.importance_cap}
     if ranks.world == 1:
-        return backward(policy, draws, numbers, objective, scale=scale, num_fresh=num_fresh)
+        return backward(policy, draws, numbers, recipe.objective, scale=scale, **of_all)
     own, alone = list(ranks.share(draws.num_prompts)), replace(policy, ranks=ALONE)
     split = policy.sharded.world > 1
     later: list[tuple[Draws, dict[str, Tensor]]] = []
@@ -161,10 +165,10 @@ def _passed(
             alone,
             select(draws, index),
             known,
-            objective,
+            recipe.objective,
             scale=weight,
-            num_fresh=num_fresh,
             later=later if split else None,
+            **of_all,
         )
         return passed if own else None
 

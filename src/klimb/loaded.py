@@ -36,6 +36,7 @@ from klimb.rewards.load import check_columns, load_reward, no_reward, source_has
 from klimb.rewards.log_ratio import LogRatio
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.shared import shared
+from klimb.samplers.vllm import Vllm
 from klimb.trackers import check_trackers
 
 
@@ -50,7 +51,7 @@ class Loaded:
         reward: the weighted sum.
         train_examples: to plan and train on.
         test_examples: to measure on.
-        sampler: ancestral, at temperature 1.
+        sampler: at temperature 1, by the model itself or by a vLLM server that has been looked at.
         hashes: what a pool of draws depends on.
         judged: with learn_from data, the judged completions to learn from; else none.
         judged_test: those held out.
@@ -122,9 +123,12 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
                     f"{config.max_completion_length} that is longer than the model's context of {who.context_length}{virtual}; "
                     "shorten one"
                 )
-    sampler: Any = partial(
-        ancestral, max_completion_length=config.max_completion_length, batch_rows=config.batch_rows
-    )
+    if ranks.world > 1 and config.sampler.kind != "ancestral":
+        raise ValueError(
+            f"sampler: got kind {config.sampler.kind} with {ranks.world} processes, whose shares of the prompts a server does not know; "
+            "train with one process (the server may have as many GPUs as it likes), or leave out sampler"
+        )
+    sampler = _sampler(config, reference, train_examples[0])
     hashes = {
         "model": fingerprint(reference),
         "reward": source_hash(reward)
@@ -155,6 +159,22 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
         teacher=teacher,
         ranks=ranks,
     )
+
+
+def _sampler(config: Config, reference: CausalPolicy, example: Example) -> Sampler:
+    """Who draws; a server is asked for a few draws first, to see that it has this model."""
+    length = config.max_completion_length
+    if config.sampler.kind == "ancestral":
+        own: Any = partial(ancestral, max_completion_length=length, batch_rows=config.batch_rows)
+        return own
+    try:
+        server: Any = Vllm(
+            url=config.sampler.url, max_completion_length=length, keep=config.sampler.steps_ahead + 3
+        )
+        server.check(reference, example)
+    except ValueError as error:
+        raise ValueError(f"sampler: {error}") from error
+    return server
 
 
 def _context(config: Config) -> str | None:

@@ -17,9 +17,10 @@ from klimb.data import Pool, Target
 from klimb.distil import Lesson
 from klimb.loaded import Loaded, generator_for
 from klimb.models.policy import CausalPolicy
-from klimb.plan import Plan, draw_pool, plan
+from klimb.plan import Plan, draw_pool, plan, scored_again
 from klimb.plan_distil import advice, plan_distil
 from klimb.records import apart_record, plan_record
+from klimb.rewards.unscored import Unscored
 from klimb.target import own_reward
 from klimb.watch import Watch
 
@@ -50,13 +51,21 @@ def planned(
         The pool (none with distill, which learns from nothing kept), the beta and what plan.json holds.
 
     Raises:
+        Unscored: a reward of another process failed; what was drawn is kept, to be scored by a resume.
         ValueError: a given pool is not of this reference, reward and prompts; training could not live on the pool;
             beta cannot be found from it; all rewards are the same.
     """
     config = loaded.config
     if config.method == "distill":
         return None, 1.0, _planned_lesson(loaded, path, watch)
+    own = store.draws_path(path, "plan")
+    unscored: list[str] = []
+    keep = partial(store.write_pool, own, verb="plan", hashes=loaded.hashes, unscored=True)
     pool = loaded.ranks.from_first(partial(_kept_pool, loaded, path))
+    if pool is not None and bool(pool.reward.isnan().any()):
+        pool, said = scored_again(pool, loaded.reward)
+        loaded.ranks.from_first(partial(keep, pool=pool))
+        unscored = [] if said is None else [said]
     if pool is None:
         pool = draw_pool(
             loaded.train_examples,
@@ -67,6 +76,17 @@ def planned(
             generator=generator_for(config.seed, "plan"),
             progress=watch.progress,
             what="plan: draw from the reference",
+            unscored=unscored,
+        )
+        if unscored:
+            loaded.ranks.from_first(partial(keep, pool=pool))
+    if unscored:
+        missing = pool.reward.isnan()
+        raise Unscored(
+            f"{unscored[0]}\n{int(missing.sum())} of {missing.numel()} completions are not scored yet; all are kept in {own}, and "
+            f"--resume {path} scores them and goes on",
+            [],
+            (),
         )
     if to_train:
         _check_pool(pool, config)
@@ -95,7 +115,7 @@ def _kept_pool(loaded: Loaded, path: Path) -> Pool | None:
     """The pool that the run has, or the one that `config.plan` names."""
     own = store.draws_path(path, "plan")
     if own.is_file():
-        return _stored_pool(own, loaded)
+        return _stored_pool(own, loaded, unscored=True)
     if loaded.config.plan is None:
         return None
     given = Path(loaded.config.plan)
@@ -233,7 +253,7 @@ def _why(config: Config) -> str:
     return "given"
 
 
-def _stored_pool(path: Path, loaded: Loaded) -> Pool:
+def _stored_pool(path: Path, loaded: Loaded, *, unscored: bool = False) -> Pool:
     found = store.read_draws(path, expect_hashes=loaded.hashes)
     if found.verb in NOT_THE_REFERENCE:
         raise ValueError(
@@ -247,6 +267,14 @@ def _stored_pool(path: Path, loaded: Loaded) -> Pool:
             f"{path}: these draws are of other prompts than those of {loaded.config.dataset_name} to train "
             f"on{held_out}; plan again"
         )
+    if found.log_ref is not None and (found.reward is None or bool(found.reward.isnan().any())):
+        if not unscored:
+            raise ValueError(
+                f"{path}: some of these completions are not scored yet; `klimb plan --resume` of that run scores them"
+            )
+        unknown = torch.full_like(found.log_ref, torch.nan)
+        known = unknown if found.reward is None else found.reward
+        return Pool(found.draws, known, found.log_ref, found.reward_parts, token_log_ref=found.token_log_ref)
     if found.reward is None or found.log_ref is None:
         raise ValueError(f"{path}: these draws have no reward or no log_ref; draw a new pool with plan")
     return Pool(

@@ -35,6 +35,7 @@ from klimb.planning import planned, replanned
 from klimb.ranks import ALONE, Ranks
 from klimb.records import diagnosis_record, distance_record, measure_record, unrewarded_record
 from klimb.reward_run import learned_reward, measured_reward
+from klimb.rewards.unscored import Unscored
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -346,8 +347,8 @@ def _held_run(
     if "plan" in verbs:
         try:
             pool, beta, record = planned(loaded, path, watch, to_train="train" in verbs)
-        except ValueError:
-            if not resume and ranks.first:
+        except ValueError as error:
+            if not resume and ranks.first and not isinstance(error, Unscored):
                 store.undo_run(path)
             raise
         outcome = replace(outcome, beta=beta, plan=record)

@@ -5,6 +5,7 @@ P prompts a step, G draws a prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,10 +17,14 @@ from klimb.data import Pool, Target
 from klimb.log_z import LearnedLogZ
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.running import RunningLogZ
+from klimb.numbers.weights import effective_sample_size
 from klimb.objectives.bind import name_of
+from klimb.samplers.ahead import Ahead
 from klimb.samplers.replay import Replay
 from klimb.target import own_reward
 
+FEW = 0.5
+"""share of a step's draws that the weights between sampler and trainer may leave before a step warns"""
 TOLERATED = 0.1
 """share of the spread of reward / beta that sampler and scorer may differ by, on average, before a step warns"""
 PARTED = 0.5
@@ -36,6 +41,7 @@ class TrainState:
         replay: completions kept.
         log_z: a running or learned log Z of each example (`klimb.log_z.start_log_z`, `start_learned`), or None.
         beta: where a KL controller has got to, units of reward per nat; None for the target's own.
+        ahead: draws begun for steps to come, the next one first.
     """
 
     step: int = 0
@@ -43,6 +49,7 @@ class TrainState:
     replay: Replay = field(default_factory=Replay)
     log_z: RunningLogZ | LearnedLogZ | None = None
     beta: float | None = None
+    ahead: tuple[Ahead, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,14 @@ def seen(
     *,
     objective: Objective,
     target: Target,
+    age: int = 0,
+    cap: float | None = None,
 ) -> Step:
-    """The record of a step that has just been taken."""
+    """The record of a step that has just been taken.
+
+    Its fresh draws are `age` updates old. They are weighed by what the trainer says of them over what the sampler said, up
+    to `cap`, where they are not the policy's own or a cap is given.
+    """
     own = fresh is not None and fresh.draws.own_law
     numbers = {
         "objective_value": passed.value.mean().item(),
@@ -87,9 +100,17 @@ def seen(
         **moved,
         **lengths(pool if fresh is None else fresh),
         "tokens": int(pool.draws.lengths.sum()),
-        **(sampler_error(fresh) if own else {}),
+        **(sampler_error(fresh) if own and not age else {}),
     }
     warnings = {}
+    if own and (age or cap is not None):
+        numbers |= {"draws_age": age, **importance_seen(fresh, cap)}
+        if numbers["importance_ess"] < FEW:
+            warnings["importance_ess"] = (
+                f"the weights between sampler and trainer leave {numbers['importance_ess']:.0%} of a step's draws: the policy has moved "
+                "too far from the one that drew, or the server computes with other numbers; draw fewer steps ahead, learn more "
+                "slowly, or serve the same weights in the same dtype"
+            )
     # of data nobody expects what is not in it
     if pool.draws.full_support is None and not of_data(pool, fresh) and not passed.asked & {"log_q", "log_w"}:
         warnings["full_support"] = (
@@ -101,11 +122,11 @@ def seen(
             f"the learned log Z of {moved['log_z_parted']:.0%} of a step's prompts lies above what the plan's draws say: there the "
             "policy leaks mass onto what it rarely draws; use a smaller log_z_learning_rate, or log_z: plan"
         )
-    if own and (told := disagreement(fresh, numbers["sampler_error_mean"], target.beta)):
+    if own and not age and (told := disagreement(fresh, numbers["sampler_error_mean"], target.beta)):
         warnings["sampler_error"] = told
     return Step(
         step=state.step,
-        estimates=fresh_estimates(fresh, target, step=state.step) if own else {},
+        estimates=fresh_estimates(fresh, target, step=state.step, age=age) if own else {},
         numbers=numbers,
         seconds=dict(seconds),
         fresh=fresh,
@@ -135,14 +156,40 @@ def lengths(pool: Pool) -> dict[str, float]:
     }
 
 
-def fresh_estimates(fresh: Pool, target: Target, *, step: int) -> dict[str, Estimate]:
+def log_law(fresh: Pool, *, age: int) -> Tensor:
+    """[P, G] nats, under the policy that drew: the scorer's, or the sampler's where that policy is gone."""
+    found = fresh.draws.log_q if age else fresh.log_pi
+    assert found is not None
+    return found
+
+
+def importance_seen(fresh: Pool, cap: float | None) -> dict[str, float]:
+    """Of the weights pi / q, at most `cap`: the share of the draws that they leave (ESS / n), and the share that was cut.
+
+    Example:
+        >>> from klimb.data import Draws, Example
+        >>> q = torch.tensor([[0.5, 0.1]]).log()
+        >>> draws = Draws([Example("a")], [[torch.tensor([1])] * 2], torch.ones(1, 2, dtype=bool), log_q=q, own_law=True)
+        >>> pool = Pool(draws, torch.zeros(1, 2), q, log_pi=torch.tensor([[0.5, 0.3]]).log())
+        >>> {name: round(x, 3) for name, x in importance_seen(pool, 2.0).items()}  # weights 1 and 2: 3 ** 2 / 5 of 2
+        {'importance_ess': 0.9, 'importance_cut': 0.5}
+    """
+    assert fresh.draws.log_q is not None
+    assert fresh.log_pi is not None
+    log_w = (fresh.log_pi - fresh.draws.log_q).double().flatten()
+    limit = math.inf if cap is None else math.log(cap)
+    left = effective_sample_size(log_w.clamp(max=limit)[None]).item()
+    return {"importance_ess": left / len(log_w), "importance_cut": (log_w > limit).double().mean().item()}
+
+
+def fresh_estimates(fresh: Pool, target: Target, *, step: int, age: int = 0) -> dict[str, Estimate]:
     """Reward, KL(pi||ref) in nats, and the target's own reward - beta KL, of draws from the policy.
 
-    Both log-probabilities are the scorer's: a sampler in low precision rounds in another way.
+    Both log-probabilities are the scorer's: a sampler in low precision rounds in another way. Of draws that are `age` updates
+    old it is the policy of that time that is estimated, by what the sampler said.
     """
     assert fresh.draws.own_law
-    assert fresh.log_pi is not None
-    each = fresh.log_pi - fresh.log_ref
+    each = log_law(fresh, age=age) - fresh.log_ref
     generator = torch.Generator().manual_seed(step)
     return {
         "reward": mean_estimate(fresh.reward, generator=generator),

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import record_function
 
 from klimb.backward import known_numbers
-from klimb.batch import fresh_batch, fresh_pool, next_prompts, with_log_pi
+from klimb.batch import begun, fresh_batch, fresh_pool, next_prompts, waited_for, with_log_pi
 from klimb.data import Example, Pool, Sampler, Target, join_pools
 from klimb.learn import Recipe, learn
 from klimb.log_z import LearnedLogZ, learn_log_z, used_and_moved
@@ -28,7 +28,8 @@ from klimb.models.policy import CausalPolicy
 from klimb.numbers.kl_control import adapted_beta
 from klimb.numbers.ordering import ordering
 from klimb.objectives.bind import name_of
-from klimb.steps import Step, TrainState, of_data, seen
+from klimb.samplers.ahead import begin
+from klimb.steps import Step, TrainState, log_law, of_data, seen
 
 
 def train(
@@ -46,6 +47,7 @@ def train(
     replay_steps: int = 0,
     keep_fresh: bool = True,
     max_rounds: int = 1,
+    steps_ahead: int = 0,
     log_z: Mapping[str, float] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     state: TrainState | None = None,
@@ -68,6 +70,8 @@ def train(
         keep_fresh: whether fresh completions join the replay.
         max_rounds: how often a step may draw; from the second time on of other prompts, in the place of those whose
             completions all have one reward (`klimb.batch.fresh_batch`).
+        steps_ahead: draws are begun so many steps before they are learned from, by the policy of that time, and are weighed for
+            it where the objective asks for the law. A sampler with a method `begin` goes on drawing meanwhile.
         log_z: id of an example -> log Z of its target, nats; for objectives that ask for it. Not beside the state's
             own one, which is used as it was before a step's draws, and then takes them in or learns from them.
         scheduler: of the learning rate, stepped once a step.
@@ -78,20 +82,43 @@ def train(
         A Step after each of them.
 
     Raises:
-        ValueError: the objective needs numbers or more draws than it gets, or the law of draws that do not say; the gradient is not finite; two log Z; a
-            target without a beta of its own for a KL controller.
+        ValueError: the objective needs numbers or more draws than it gets, or the law of draws that do not say; the gradient is not finite; two log Z; draws
+            ahead in several rounds; a target without a beta of its own for a KL controller.
     """
     state = state or TrainState()
     if log_z is not None and state.log_z is not None:
         raise ValueError(
             "train: got log_z and a state with one of its own, expected one of them; leave out log_z"
         )
+    if steps_ahead and max_rounds > 1:
+        raise ValueError(
+            f"train: got steps_ahead {steps_ahead} and {max_rounds} rounds, and which prompts are drawn again is known only when all "
+            "is drawn; expected one of them"
+        )
+    draw_ahead = partial(begin, sampler, policy, num_draws=num_draws)
     while state.step < max_steps:
         aim = target if state.beta is None else at_beta(target, state.beta)
-        chosen, order = next_prompts(state.order, len(examples), prompts_per_step, generator=generator)
-        draws_fresh = state.step >= replay_steps
+        draws_fresh, order, queue, age = state.step >= replay_steps, state.order, state.ahead, 0
         fresh, seconds, drawn = None, {}, None
-        if draws_fresh:
+        if steps_ahead:
+            last = min(state.step + steps_ahead, max_steps - 1)
+            order, queue = begun(
+                order,
+                queue,
+                range(max(state.step, replay_steps), last + 1),
+                examples,
+                prompts_per_step,
+                draw_ahead,
+                version=state.step,
+                generator=generator,
+            )
+        if steps_ahead and draws_fresh:
+            now, queue = queue[0], queue[1:]
+            chosen, age = list(now.prompts), state.step - now.version
+            fresh, seconds = waited_for(now, [examples[i] for i in chosen], aim)
+        else:
+            chosen, order = next_prompts(order, len(examples), prompts_per_step, generator=generator)
+        if draws_fresh and not steps_ahead:
             draw = partial(
                 fresh_pool, policy, target=aim, sampler=sampler, num_draws=num_draws, generator=generator
             )
@@ -121,7 +148,7 @@ def train(
                 known,
                 recipe,
                 optimizer,
-                num_fresh=num_draws if fresh is not None and fresh.draws.own_law else 0,
+                num_fresh=num_draws if believed(fresh, age, recipe) else 0,
                 generator=generator,
                 step=state.step + 1,
             )
@@ -137,14 +164,30 @@ def train(
         beta = state.beta
         if recipe.kl_target is not None:
             news |= {"beta": aim.beta}
-            beta = aim.beta if fresh is None else next_beta(recipe, fresh, aim.beta)
+            beta = aim.beta if fresh is None else next_beta(recipe, fresh, aim.beta, age=age)
         if of_data(pool, fresh):
             news |= order_of(pool, passed.log_pi, aim.beta)
         if drawn is not None and max_rounds > 1:
             news |= {"prompts_drawn": drawn.num_drawn, "prompts_alike": drawn.num_alike}
-        state = TrainState(state.step + 1, order, replay, own_log_z, beta)
+        state = TrainState(state.step + 1, order, replay, own_log_z, beta, queue)
         moved |= {"learning_rate": rate, **news}
-        yield seen(state, pool, fresh, passed, moved, seconds, objective=recipe.objective, target=aim)
+        yield seen(
+            state,
+            pool,
+            fresh,
+            passed,
+            moved,
+            seconds,
+            objective=recipe.objective,
+            target=aim,
+            age=age,
+            cap=recipe.importance_cap,
+        )
+
+
+def believed(fresh: Pool | None, age: int, recipe: Recipe) -> bool:
+    """True if fresh draws count as the policy's own, with weights of exactly one."""
+    return fresh is not None and fresh.draws.own_law and age == 0 and recipe.importance_cap is None
 
 
 def order_of(pool: Pool, log_pi: torch.Tensor, beta: float) -> dict[str, float]:
@@ -181,13 +224,12 @@ def at_beta(target: Target, beta: float) -> Target:
     return replace(known, beta=beta)
 
 
-def next_beta(recipe: Recipe, fresh: Pool, beta: float) -> float:
-    """What the KL controller makes of the KL of a step's fresh draws."""
-    assert fresh.log_pi is not None
+def next_beta(recipe: Recipe, fresh: Pool, beta: float, *, age: int = 0) -> float:
+    """What the KL controller makes of the KL of a step's fresh draws, which are `age` updates old."""
     assert recipe.kl_target is not None
     return adapted_beta(
         beta,
-        (fresh.log_pi - fresh.log_ref).mean().item(),
+        (log_law(fresh, age=age) - fresh.log_ref).mean().item(),
         goal=recipe.kl_target,
         num_completions=fresh.reward.numel(),
         horizon=recipe.kl_horizon,

@@ -15,7 +15,7 @@ from torch import Tensor
 from klimb import store
 from klimb.aim import aimed_at
 from klimb.checkpoint import Moving, restore, saved
-from klimb.choice import caution, chosen
+from klimb.choice import caution, chosen, importance_cap
 from klimb.config import Config
 from klimb.data import Example, Pool, Target
 from klimb.distil import Lesson, distil
@@ -213,12 +213,14 @@ def _steps(
             critic_optimizer=moving.critic_optimizer,
             value_clip=config.value_clip,
             log_z_rate=config.log_z_learning_rate,
+            importance_cap=importance_cap(config) if config.sampler.kind == "vllm" else None,
         ),
         moving.optimizer,
         num_replay=of_data or config.num_replay,
         replay_steps=config.max_steps if of_data else config.replay_steps,
         keep_fresh=config.keep_fresh and config.num_replay > 0,
         max_rounds=1 + config.dynamic_sampling,
+        steps_ahead=config.sampler.steps_ahead if config.sampler.kind == "vllm" else 0,
         log_z=plan_log_z(pool, target) if choice.needs_log_z and config.log_z == "plan" else None,
         state=state,
         **_every_step(config, moving),

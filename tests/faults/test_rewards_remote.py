@@ -44,7 +44,7 @@ def test_rows_go_there_in_batches_and_numbers_come_back():
         return lengths(path, headers, payload)
 
     with serving(answer) as url:
-        spec = {"func": "http", "url": f"{url}/score", "batch_size": 2}
+        spec = {"func": "http", "url": f"{url}/score", "batch_size": 2, "concurrency": 1}
         assert asked(spec, answer=[1, 2, 3], completion_ids=[[1], [2], [3]]) == [1.0, 2.0, 3.0]
         asked({**spec, "columns": ["answer"]}, answer=[1, 2, 3], other=[4, 5, 6])
     first = {"prompts": ["p", "p"], "completions": ["a", "bc"], "answer": [1, 2]}

@@ -40,7 +40,7 @@ OF_REWARDED_DRAWS = (
     *("gae_lambda", "value_learning_rate", "value_clip", "eval_steps", "eval_prompts", "eval_draws"),
 )
 """options that distill has no use for"""
-UNIONS = {"family": "lora", "target": "tilt"}
+UNIONS = {"family": "lora", "target": "tilt", "sampler": "vllm"}
 """keys that hold one of several kinds -> the kind unless said"""
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -100,6 +100,26 @@ class Prefix(BaseModel):
     """how many"""
     init: str = "context"
     """a text whose keys and values they start as: the target's context, one of your own, or random; random too without a context"""
+
+
+class OwnSampler(BaseModel):
+    """The model of the run draws by itself, token by token."""
+
+    model_config = STRICT
+
+    kind: Literal["ancestral"] = "ancestral"
+
+
+class VllmServer(BaseModel):
+    """A vLLM server of the same model draws; the policy is handed to it before it does."""
+
+    model_config = STRICT
+
+    kind: Literal["vllm"] = "vllm"
+    url: str
+    """its address, such as http://localhost:8000"""
+    steps_ahead: Amount = 0
+    """steps for which draws are begun beforehand, by the policy of that time, so that the server draws while the trainer learns"""
 
 
 # written out, since the table itself needs torch; a test compares the two
@@ -309,6 +329,8 @@ class Config(BaseModel):
     """which weights move"""
     shard: bool = False
     """with several processes (--nproc, torchrun): split layers, gradients and optimizer over them (FSDP2)"""
+    sampler: Annotated[OwnSampler | VllmServer, Field(discriminator="kind")] = OwnSampler()
+    """who draws completions"""
 
     dataset_name: str
     """file of prompts (.jsonl, .csv, .parquet), folder, or id of a data set"""
@@ -392,7 +414,7 @@ class Config(BaseModel):
     epsilon_high: Positive | None = None
     """the same upwards; left out: epsilon"""
     importance_cap: Positive | None = None
-    """weights between sampler and trainer are cut here (ppo, grpo, ...); left out: the sampler is believed"""
+    """weights between sampler and trainer are cut here (ppo, grpo, ..., and what weighs draws by their law with sampler vllm); left out: 2 with sampler vllm, else the sampler is believed"""
     kl_stop: Positive | None = None
     """nats from the policy that drew at which a batch is left; left out: never"""
     kl_penalty: (
@@ -534,6 +556,7 @@ class Config(BaseModel):
                 f"got {' and '.join(f'{name} {getattr(self, name):g}' for name in given)}, expected one of "
                 f"{', '.join(DESTINATIONS)}; switch the others off ({' or '.join(f'--{name} null' for name in given)})"
             )
+        self._samples_elsewhere()
         if self.target.kind == "entropy_bonus" and self.beta is None:
             raise ValueError(
                 f"target.kind entropy_bonus: got {given[0]} {getattr(self, given[0]):g}, expected a beta: the bonus is "
@@ -623,6 +646,26 @@ class Config(BaseModel):
             raise ValueError(
                 f"sequence_gradient is of completions that the policy draws as it is: got teacher_draws {self.teacher_draws:g} and "
                 f"num_iterations {self.num_iterations}, expected less than 1 and 1"
+            )
+
+    def _samples_elsewhere(self) -> None:
+        """Refuse what a vLLM server cannot draw."""
+        if not isinstance(self.sampler, VllmServer):
+            return
+        if not isinstance(self.family, Lora | Full):
+            raise ValueError(
+                f"sampler.kind vllm: got family.kind {self.family.kind}, expected lora or full: no server of vLLM has virtual tokens"
+            )
+        if self.reference is not None or self.target.kind == "teacher":
+            other = "a target.teacher" if self.reference is None else f"reference {self.reference}"
+            raise ValueError(
+                f"sampler.kind vllm: got {other}, expected none: a server has one model, that of policy and reference"
+            )
+        if self.sampler.steps_ahead and (
+            self.learn_from == "data" or self.method == "distill" or self.dynamic_sampling
+        ):
+            raise ValueError(
+                "sampler.steps_ahead: draws ahead go with neither learn_from data, distill nor dynamic_sampling; leave it out"
             )
 
     def _weighs_rewards(self) -> None:

@@ -148,8 +148,7 @@ def save_policy(
     saved, adapted = _saved_module(policy)
     given = {} if state is None else {"state_dict": dict(state)}
     if adapted:
-        saved.save_pretrained(folder, selected_adapters=["policy"], safe_serialization=True, **given)
-        _lift(Path(folder) / "policy", Path(folder))
+        save_adapter(saved, "policy", folder, **given)
     else:
         saved.save_pretrained(folder, safe_serialization=True, **given)
     policy.tokenizer.save_pretrained(folder)
@@ -166,12 +165,26 @@ def whole_state(policy: CausalPolicy) -> dict[str, Tensor] | None:
 
 def _saved_module(policy: CausalPolicy) -> tuple[Any, bool]:
     """The module whose `save_pretrained` writes the policy, and whether it writes an adapter."""
+    adapter = speaking_adapter(policy)
+    return (policy.model, False) if adapter is None else (adapter[0], True)
+
+
+def speaking_adapter(policy: CausalPolicy) -> tuple[Any, str | None] | None:
+    """The peft model that a policy's layers belong to, and which of its adapters speaks; None where there is no such model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wrapped = policy.activate.args[0] if isinstance(policy.activate, partial) else None
-    if wrapped is not None and any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
-        return wrapped, True
-    return policy.model, False
+    if not isinstance(policy.activate, partial):
+        return None
+    wrapped = policy.activate.args[0]
+    if not any(isinstance(m, BaseTunerLayer) for m in wrapped.modules()):
+        return None
+    return wrapped, policy.activate.keywords["active"]
+
+
+def save_adapter(wrapped: Any, name: str, folder: str | Path, **given: Any) -> None:
+    """Write one adapter of a peft model as peft itself loads it."""
+    wrapped.save_pretrained(folder, selected_adapters=[name], safe_serialization=True, **given)
+    _lift(Path(folder) / name, Path(folder))
 
 
 def adapter_kind(folder: str | Path) -> str | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from klimb.data import Prompt
+from klimb.rewards.unscored import Unscored
 
 WAIT = 60.0
 """seconds to wait for another process that writes"""
@@ -74,15 +75,23 @@ def _cached(
     rows = sorted(i for key, i in first.items() if key not in known)
     if rows:
         # no connection is open meanwhile: a reward may take minutes
-        values = ask(
-            [prompts[i] for i in rows],
-            [completions[i] for i in rows],
-            {name: [columns[name][i] for i in rows] for name in columns},
-        )
-        fresh = dict(zip((keys[i] for i in rows), values, strict=True))
+        lost: frozenset[int] = frozenset()
+        failed: Unscored | None = None
+        try:
+            values = ask(
+                [prompts[i] for i in rows],
+                [completions[i] for i in rows],
+                {name: [columns[name][i] for i in rows] for name in columns},
+            )
+        except Unscored as error:  # what came is kept
+            values, lost, failed = error.values, error.missing, error
+        fresh = {keys[i]: x for j, (i, x) in enumerate(zip(rows, values, strict=True)) if j not in lost}
         with _opened(path) as file, file:
             file.executemany("INSERT OR IGNORE INTO rewards VALUES (?, ?)", fresh.items())
         known |= fresh
+        if failed is not None:
+            missing = {i for i, key in enumerate(keys) if key not in known}
+            raise Unscored(str(failed), [known.get(key) for key in keys], missing) from failed
     return [known[key] for key in keys]
 
 

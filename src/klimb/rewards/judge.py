@@ -7,6 +7,7 @@ written by the policy, which learns what it falls for. Needs httpx2 and stamina,
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from klimb.data import Prompt
 from klimb.rewards.post import check_url, post_json, secrets, shown
 from klimb.rewards.remote import check_limits
 from klimb.rewards.texts import optional, said
+from klimb.rewards.unscored import Unscored
 
 SCORE = re.compile(r"score\W{0,6}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 BETTER = re.compile(r"better\W{0,6}(A|B|tie)\b", re.IGNORECASE)
@@ -101,7 +103,7 @@ class Judge:
         """One number a completion; no question is asked twice.
 
         Raises:
-            ValueError: no answer, or one without a score however often it is asked for; names the address.
+            Unscored: of some rows no answer, or one without a score however often it is asked for; names the address.
         """
         texts = [said(completion) for completion in completions]
         if self.pairwise is None:
@@ -112,30 +114,48 @@ class Judge:
                 [] if r is None else [self._comparing(p, c, str(r)), self._comparing(p, str(r), c)]
                 for p, c, r in zip(prompts, texts, others, strict=True)
             ]
-        self._answer(dict.fromkeys(question for each in asked for question in each))
+        failed = self._answer(dict.fromkeys(question for each in asked for question in each))
         values: list[float | None] = []
-        for each in asked:
+        missing: set[int] = set()
+        for row, each in enumerate(asked):
+            if not all(question in self.known for question in each):
+                missing.add(row)
+                values.append(None)
+                continue
             scores = [self.known[question] for question in each]
             if self.pairwise is not None and each:
                 scores[1] = 1 - scores[1]  # there the completion was B
             values.append(sum(scores) / len(scores) if each else None)
+        if failed is not None:
+            raise Unscored(str(failed), values, missing) from failed
         return values
 
-    def _answer(self, questions: Mapping[str, None]) -> None:
-        """Put the number of each question into `known`."""
+    def _answer(self, questions: Mapping[str, None]) -> ValueError | None:
+        """Put the number of each question into `known`, up to the first failure, which is given back."""
         httpx2 = optional("httpx2", extra="http")
         new = [question for question in questions if question not in self.known]
+        gone = threading.Event()  # one failure is enough: ask no more
+        failed: ValueError | None = None
         with (
             httpx2.Client(headers=self._headers()) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
+            ThreadPoolExecutor(self.concurrency) as threads,
         ):
-            asked = [pool.submit(self._number, client, question) for question in new]
-            try:
-                for question, answer in zip(new, asked, strict=True):
-                    self.known[question] = answer.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # one failure ends the run: ask no more
-                raise
+
+            def ask(question: str) -> float | ValueError | None:
+                if gone.is_set():
+                    return None
+                try:
+                    return self._number(client, question)
+                except ValueError as error:
+                    gone.set()
+                    return error
+
+            for question, answer in zip(new, threads.map(ask, new), strict=True):
+                if isinstance(answer, ValueError):
+                    failed = failed or answer
+                elif answer is not None:
+                    self.known[question] = answer
+        return failed
 
     def _number(self, client: Any, question: str) -> float:
         messages = [{"role": "user", "content": question}]

@@ -24,7 +24,7 @@ import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from klimb.ranks import ALONE, Ranks
 from klimb.rewards.builtin import BUILTIN, bound, made, parted
 from klimb.rewards.ensemble import Ensemble
 from klimb.rewards.log_ratio import LogRatio
+from klimb.rewards.unscored import Unscored
 
 LARGEST = torch.finfo(torch.float32).max
 SHOWN = reprlib.Repr()
@@ -205,7 +206,7 @@ def weighted_sum(
     return WeightedSum(named, weight_of, caches, members)
 
 
-def score(reward: Reward, draws: Draws) -> Rewards:
+def score(reward: Reward, draws: Draws, *, unscored: list[str] | None = None) -> Rewards:
     """Every completion's reward, from one call on the whole batch.
 
     Args:
@@ -213,6 +214,8 @@ def score(reward: Reward, draws: Draws) -> Rewards:
         draws: P x G completions with their texts. The reward is called with prompts, completions,
             completion_ids and the columns of the examples, each a list of P * G; a function without **kwargs
             gets those that it names.
+        unscored: where given, rows that a reward of another process could not score are NaN, and why is put here; else that is
+            an error (`klimb.rewards.unscored`).
 
     Returns:
         The total [P, G] and each part [P, G], float32, in the reward's own units.
@@ -258,8 +261,11 @@ def score(reward: Reward, draws: Draws) -> Rewards:
     }
     columns["completion_ids"] = [ids.tolist() for group in draws.completions for ids in group]
     whole = reward if isinstance(reward, WeightedSum) else weighted_sum([reward])
-    parts = _parts(whole, prompts, completions, columns)
-    total = _total(whole, parts, prompts, completions)
+    lost: dict[int, str] | None = {} if unscored is not None else None
+    parts = _parts(whole, prompts, completions, columns, lost)
+    total = _total(whole, parts, prompts, completions, lost or {})
+    if unscored is not None and lost:
+        unscored.append(next(iter(lost.values())))
     return Rewards(
         torch.tensor(total, dtype=torch.float32).reshape(shape),
         {
@@ -437,25 +443,38 @@ def _parts(
     prompts: Sequence[Prompt],
     completions: Sequence[Any],
     columns: Mapping[str, object],
+    lost: dict[int, str] | None = None,
 ) -> dict[str, list[float | None]]:
+    """What each reward gives; rows that one could not score go into `lost` with the reason, or without it are an error."""
+
     def asked(
         name: str, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, object]
     ) -> list[float | None]:
         answer = _called(name, whole.rewards[name], prompts, completions, columns)
         return _checked(name, answer, prompts, completions)
 
+    def one(name: str, reward: Reward) -> list[float | None]:
+        ask = functools.partial(asked, name)
+        if name not in whole.caches:
+            return ask(prompts, completions, columns)
+        given = _accepted(name, reward, {"prompts": prompts, "completions": completions, **columns})
+        looked_at = {n: x for n, x in given.items() if n not in ("prompts", "completions")}
+        return whole.caches[name](prompts, completions, looked_at, ask)
+
     parts: dict[str, list[float | None]] = {}
     for name, reward in whole.rewards.items():
-        ask = functools.partial(asked, name)
         if isinstance(reward, Ensemble):
             each = [parts[member] for member in whole.members[name]]  # scored already, once
             parts[name], parts[f"{name}/spread"] = reward.together(each), reward.spread(each)
-        elif name in whole.caches:
-            given = _accepted(name, reward, {"prompts": prompts, "completions": completions, **columns})
-            looked_at = {n: x for n, x in given.items() if n not in ("prompts", "completions")}
-            parts[name] = whole.caches[name](prompts, completions, looked_at, ask)
-        else:
-            parts[name] = ask(prompts, completions, columns)
+            continue
+        try:
+            parts[name] = one(name, reward)
+        except Unscored as error:
+            if lost is None:
+                raise
+            parts[name] = error.values
+            for row in error.missing:
+                lost.setdefault(row, str(error))
     return parts
 
 
@@ -471,6 +490,8 @@ def _called(
         result = reward(**arguments)
         return _awaited(result) if inspect.isawaitable(result) else result
     except Exception as error:
+        if isinstance(error, Unscored):
+            raise Unscored(f"reward {name}: {error}", error.values, error.missing) from error
         if isinstance(error, ValueError) and type(reward).__module__.startswith("klimb.rewards."):
             raise ValueError(f"reward {name}: {error}") from error  # ours say all there is to say
         file = getattr(getattr(inspect.unwrap(reward), "__code__", None), "co_filename", None)
@@ -569,10 +590,14 @@ def _total(
     parts: Mapping[str, Sequence[float | None]],
     prompts: Sequence[Prompt],
     completions: Sequence[Any],
+    lost: Collection[int] = (),
 ) -> list[float]:
     counted = [name for name in parts if whole.weights.get(name)]  # not an ensemble's spread
     totals = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if row in lost:
+            totals.append(math.nan)
+            continue
         values = [(whole.weights[name], parts[name][row]) for name in counted]
         terms = [weight * value for weight, value in values if value is not None]
         if not terms:

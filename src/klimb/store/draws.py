@@ -62,6 +62,7 @@ def write_draws(
     log_pi: Tensor | None = None,
     token_log_ref: Tensor | None = None,
     token_log_pi: Tensor | None = None,
+    unscored: bool = False,
 ) -> None:
     """Write draws as Parquet, a row a completion, for pandas, datasets, duckdb and the next verb.
 
@@ -81,6 +82,7 @@ def write_draws(
         log_pi: [P, G] nats.
         token_log_ref: [N] nats.
         token_log_pi: [N] nats.
+        unscored: whether a reward may be NaN, which is not scored yet and null in the table.
 
     Raises:
         ValueError: a number is NaN, or the disk is full.
@@ -130,7 +132,9 @@ def write_draws(
         "log_pi": numbers("log_pi", log_pi),
         "token_log_ref": tokens("token_log_ref", token_log_ref),
         "token_log_pi": tokens("token_log_pi", token_log_pi),
-        "reward": numbers("reward", reward),
+        "reward": numbers("reward", reward)
+        if reward is None or not unscored
+        else pa.array(_wide(reward).flatten().numpy(), from_pandas=True),
         **{
             f"reward_{name}": pa.array(_wide(part).flatten().numpy(), from_pandas=True)  # NaN -> null
             for name, part in (reward_parts or {}).items()
@@ -143,7 +147,13 @@ def write_draws(
 
 
 def write_pool(
-    path: str | Path, pool: Pool, *, verb: str, hashes: Mapping[str, object], step: int | None = None
+    path: str | Path,
+    pool: Pool,
+    *,
+    verb: str,
+    hashes: Mapping[str, object],
+    step: int | None = None,
+    unscored: bool = False,
 ) -> None:
     """Write a pool as `write_draws` does, with all that it knows."""
     write_draws(
@@ -158,6 +168,7 @@ def write_pool(
         log_pi=pool.log_pi,
         token_log_ref=pool.token_log_ref,
         token_log_pi=pool.token_log_pi,
+        unscored=unscored,
     )
 
 
