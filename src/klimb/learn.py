@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from inspect import signature
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
