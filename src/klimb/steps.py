@@ -15,8 +15,9 @@ from torch import Tensor
 from klimb.backward import Objective, Passed
 from klimb.data import Pool, Target
 from klimb.log_z import LearnedLogZ
-from klimb.numbers.estimate import Estimate, mean_estimate
+from klimb.numbers.estimate import Estimate, bootstrap, mean_estimate, ratio_estimate
 from klimb.numbers.running import RunningLogZ
+from klimb.numbers.tilt import log_mean_exp
 from klimb.numbers.weights import effective_sample_size
 from klimb.objectives.bind import name_of
 from klimb.samplers.ahead import Ahead
@@ -101,6 +102,11 @@ def seen(
         **lengths(pool if fresh is None else fresh),
         "tokens": int(pool.draws.lengths.sum()),
         **(sampler_error(fresh) if own and not age else {}),
+        **(
+            {"ess": effective_sample_size(residual_of(fresh, target, age=age)).mean().item()}
+            if own and target.beta > 0
+            else {}
+        ),
     }
     warnings = {}
     if own and (age or cap is not None):
@@ -183,21 +189,43 @@ def importance_seen(fresh: Pool, cap: float | None) -> dict[str, float]:
 
 
 def fresh_estimates(fresh: Pool, target: Target, *, step: int, age: int = 0) -> dict[str, Estimate]:
-    """Reward, KL(pi||ref) in nats, and the target's own reward - beta KL, of draws from the policy.
+    """Reward, KL(pi||ref) in nats, the target's own reward - beta KL, entropy in nats a token, and the gap, of draws from the policy.
 
+    The gap is the one that a prompt's own draws show, beta (log mean e^residual - mean residual): biased low with few draws a prompt,
+    blind to modes that the policy has dropped, and left out where a prompt has a single draw or a forbidden one.
     Both log-probabilities are the scorer's: a sampler in low precision rounds in another way. Of draws that are `age` updates
     old it is the policy of that time that is estimated, by what the sampler said.
     """
     assert fresh.draws.own_law
-    each = log_law(fresh, age=age) - fresh.log_ref
+    log_pi = log_law(fresh, age=age)
+    each = log_pi - fresh.log_ref
     generator = torch.Generator().manual_seed(step)
-    return {
+    found = {
         "reward": mean_estimate(fresh.reward, generator=generator),
         "kl": mean_estimate(each, generator=generator),
         "regularised_reward": mean_estimate(
             own_reward(target, fresh) - target.beta * each, generator=generator
         ),
+        "entropy": ratio_estimate(-log_pi, fresh.draws.lengths.to(log_pi), generator=generator),
     }
+    if not target.beta > 0:
+        return found  # no target, no gap
+    residual = residual_of(fresh, target, age=age)
+    if residual.shape[1] > 1 and bool(residual.isfinite().all()):
+        low, high = bootstrap(lambda x: _gap(x, target.beta), residual, generator=generator, within=True)
+        value = _gap(residual, target.beta).item()
+        found["self_gap"] = Estimate(value, low.item(), high.item(), residual.numel())
+    return found
+
+
+def residual_of(fresh: Pool, target: Target, *, age: int = 0) -> Tensor:
+    """[P, G] nats, log target - log pi of draws from the policy; constant within a prompt at the best policy."""
+    return (own_reward(target, fresh) / target.beta + fresh.log_ref - log_law(fresh, age=age)).double()
+
+
+def _gap(residual: Tensor, beta: float) -> Tensor:
+    """[..., P, G] -> [...]: beta (log mean e^residual - mean residual), the mean over prompts."""
+    return beta * (log_mean_exp(residual, correct=False) - residual.mean(-1)).mean(-1)
 
 
 def sampler_error(fresh: Pool) -> dict[str, float]:

@@ -315,6 +315,11 @@ def step_charts(found: Found) -> dict[str, Spec]:
         "reward": ("reward", "Reward of the policy's draws, step by step."),
         "kl": ("KL(policy ‖ reference), nats", "KL of the policy to the reference in nats, step by step."),
         "regularised_reward": ("reward − beta · KL", "Reward less beta times KL, step by step."),
+        "self_gap": (
+            "gap seen by the draws",
+            "What is left to climb as far as a step's own draws show it: blind to modes that the policy has dropped.",
+        ),
+        "entropy": ("entropy, nats a token", "Entropy of the policy a token; a fall to 0 is a collapse."),
     }
     charts = {name: _step_chart(found.steps, name, *words) for name, words in wanted.items()}
     if charts["reward"] is None:  # nothing was rewarded: what was made small, and how pairs were ordered
@@ -344,8 +349,10 @@ HEALTH = {
         "Mean length of a batch's completions in tokens; a reward that likes length shows here.",
     ),
     "finished": ("share that ended", "Share of completions that ended before the length limit."),
-    "entropy": ("entropy, nats", "Entropy of the policy a token, nats; a fall to 0 is a collapse."),
-    "ess": ("ESS, draws", "Effective draws of a batch's weights; few means that few draws decide."),
+    "ess": (
+        "ESS, draws a prompt",
+        "How many of a prompt's fresh draws the best policy's weights leave; few means that few decide.",
+    ),
     "sampler_error_mean": (
         "|sampler − scorer|, nats",
         "Mean difference of log-probability between drawing and scoring a completion, nats.",
