@@ -682,3 +682,20 @@ def test_in_a_browser_it_draws_filters_and_runs_nothing_else(whole, tmp_path):
     found = sorted(re.findall(r"Number (\S+) of", table))
     assert found == ["13-7", "23-7", "3-7"]  # the reference's: the policy's all say the hostile thing
     assert "3 of 768 draws shown" in done.stdout
+
+
+def test_every_chart_has_its_place_in_the_page(tmp_path):
+    run = make_run(tmp_path / "run", steps=0, size=(8, 4))
+    seen = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 64, "warnings": []}
+    estimates = dict.fromkeys(("reward", "kl", "regularised_reward", "self_gap", "entropy"), seen)
+    numbers = dict.fromkeys(figures.HEALTH, 1.5) | {"tokens_per_second": {"drawn": 500.0, "trained": 700.0}}
+    del numbers["drawn"], numbers["trained"]
+    store.append_jsonl(
+        run / "metrics.jsonl",
+        *({"step": i, **estimates, **numbers, "seconds": {"draw": 1.0, "update": 2.0}} for i in (1, 2, 3)),
+    )
+    charts = page.charts_of(report_found.read_run(run))
+    assert set(charts) >= {*estimates, *figures.HEALTH, "time", "frontier"}
+    written = write_report(run).read_text(encoding="utf-8")
+    assert [name for name in charts if f'id="chart-{name}"' not in written] == []
+    assert "policy/tokenizer.json</code>" in written  # why no token is marked

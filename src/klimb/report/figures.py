@@ -353,6 +353,8 @@ HEALTH = {
         "ESS, draws a prompt",
         "How many of a prompt's fresh draws the best policy's weights leave; few means that few decide.",
     ),
+    "drawn": ("tokens drawn a second", "Completion tokens drawn a second."),
+    "trained": ("tokens learned a second", "Completion tokens learned from a second, fresh and kept ones."),
     "sampler_error_mean": (
         "|sampler − scorer|, nats",
         "Mean difference of log-probability between drawing and scoring a completion, nats.",
@@ -399,7 +401,7 @@ def _number_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, sai
         [
             {"step": as_number(record.get("step")), "value": value}
             for record in steps
-            if (value := as_number(record.get(name))) is not None
+            if (value := as_number(record.get(name, rates(record).get(name)))) is not None
         ],
         MAX_POINTS,
     )
@@ -409,6 +411,11 @@ def _number_chart(steps: Sequence[Mapping[str, Any]], name: str, title: str, sai
     y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=True))
     line = _chart(alt, rows).mark_line(stroke="var(--accent)", strokeWidth=2).encode(x=_along_steps(alt), y=y)
     return _finished(alt.layer(line), 220, said)
+
+
+def rates(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Tokens a second of a step, by what was done with them."""
+    return record.get("tokens_per_second") or {}
 
 
 def _along_steps(alt: Any) -> Any:

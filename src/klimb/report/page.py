@@ -115,7 +115,8 @@ def _charts(found: Found, pool: CarriedPool | None) -> dict[str, Spec]:
 def render(found: Found) -> str:
     """The page as text."""
     beta, why = chosen_beta(found)
-    table = draw_table(found.draws, beta=beta, tokenizer=found.path / "policy" / "tokenizer.json")
+    tokenizer = found.path / "policy" / "tokenizer.json"
+    table = draw_table(found.draws, beta=beta, tokenizer=tokenizer)
     prompts, rows = table_record(table)
     pool = carried_pool(found)
     charts = _charts(found, pool)
@@ -139,6 +140,7 @@ def render(found: Found) -> str:
             dead=dead_prompts(found),
             rewards=each_reward(found),
             charts=charts,
+            marked=tokenizer.is_file(),
             health=[name for name in HEALTH if name in charts],
             pool=None if pool is None else _pool(pool),
             frontier=frontier(found),
