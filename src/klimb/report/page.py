@@ -42,6 +42,7 @@ from klimb.report.found import (
     read_run,
     reference_reward,
 )
+from klimb.report.held_out import held_out
 from klimb.report.overlay import overlay_chart
 from klimb.report.pool import CarriedPool, bin_edges, carried_pool, histogram_rows
 from klimb.store import write_whole
@@ -140,6 +141,8 @@ def render(found: Found) -> str:
             dead=dead_prompts(found),
             rewards=each_reward(found),
             charts=charts,
+            held=held_out(found),
+            spoken=spoken,
             marked=tokenizer.is_file(),
             health=[name for name in HEALTH if name in charts],
             pool=None if pool is None else _pool(pool),
