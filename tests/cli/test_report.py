@@ -549,7 +549,9 @@ def test_no_run_is_an_error(tmp_path):
 @pytest.mark.parametrize(("module", "name"), [("altair", "altair"), ("vl_convert", "vl-convert")])
 def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch, module, name):
     store.write_json(tmp_path / "plan.json", make_plan())
-    bundle = page.chart_bundle.__wrapped__ if module == "vl_convert" else lambda: ""  # not the one made before
+    bundle = (
+        page.chart_bundle.__wrapped__ if module == "vl_convert" else lambda: ""
+    )  # not the one made before
     monkeypatch.setattr(page, "chart_bundle", bundle)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"{name}, which is not installed: pip install 'klimb\[report\]'"):
