@@ -540,7 +540,7 @@ def _finished(chart: Any, height: int, said: str) -> Spec:
             "columns": {"expr": "width < 760 ? 1 : 3"},
             "labelColor": "var(--ink)",
             "labelFont": FONT,
-            "labelFontSize": 12,
+            "labelFontSize": {"expr": "width < 420 ? 10 : 12"},
             "labelLimit": 400,
             "symbolSize": 90,
             "symbolOpacity": 1,
