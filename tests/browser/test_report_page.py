@@ -194,6 +194,18 @@ def test_no_slider_where_the_plan_is_of_another_reward(tmp_path):
     assert 'id="beta-slider"' not in write_report(run).read_text(encoding="utf-8")
 
 
+def test_a_beta_outside_of_the_plans_grid_has_a_slider_too(tmp_path, open_page):
+    run, _, points = write_run(tmp_path / "run")
+    plan = store.read_json(run / "plan.json")
+    far = 50 * max(point.beta for point in points)
+    plan["beta"] = {**plan["beta"], "value": far} if isinstance(plan["beta"], dict) else far
+    store.write_json(run / "plan.json", plan)
+    page = open_page(write_report(run))
+    assert page.errors == []
+    slide(page, points[5].beta)
+    assert page.errors == []
+
+
 @pytest.mark.parametrize(
     ("width", "scheme"), [(360, "light"), (1440, "light"), (360, "dark"), (1440, "dark")]
 )

@@ -100,7 +100,7 @@ def frontier_chart(found: Found) -> Spec | None:
             ),
             bars.mark_text(align="left", dx=8, dy=11, fill="var(--muted)").encode(x=x, y=y, text="label:N"),
         ]
-    here = predicted(found) if curve else None
+    here = predicted(found) or _nearest(found, points) if curve else None
     if here is not None:
         layers.append(
             alt.Chart(alt.NamedData("here"))
@@ -240,6 +240,12 @@ def _band(alt: ModuleType, curve: Sequence[dict[str, Any]], x: Any, y: Any) -> l
         for trusted, opacity in ((True, 0.18), (False, 0.06))
         if any(row["trusted"] == trusted for row in curve)
     ]
+
+
+def _nearest(found: Found, points: Sequence[Point]) -> Point:
+    """The point of the grid nearest to the run's beta, where that lies outside of it."""
+    beta, _ = chosen_beta(found)
+    return min(points, key=lambda p: abs(math.log((p.beta or 1.0) / (beta or 1.0))))
 
 
 def _hatch(points: Sequence[Point], strokes: int = 60) -> list[dict[str, float]]:
