@@ -120,7 +120,8 @@ def answer(page, name, right):
                     page.click(f"{box} li:nth-child({now + 1}) button[aria-label^='move up']")
     else:
         inputs = page.query_selector_all(f"{box} input")
-        for i, box_input in enumerate(inputs):
+        for box_input in inputs:
+            i = int(box_input.get_attribute("value"))  # options are shuffled
             wanted = i in made["right"] if right else i == (made["right"][0] + 1) % len(inputs)
             if wanted:
                 box_input.check()
@@ -141,6 +142,32 @@ def test_each_exercise_knows_right_from_wrong_and_says_why(opened, name):
     assert page.inner_text("#solved") == "1 of 8 solved."
     page.click(f"#exercise-{name} button:text('other numbers')")
     assert answer(page, name, right=True).startswith("✓ Right.")
+    assert said == []
+
+
+@pytest.mark.parametrize("name", ["why-z", "two-directions", "loss", "mediocre"])
+def test_the_place_of_an_option_does_not_give_the_answer_away(opened, name):
+    page, _ = opened()
+    box, places, asked = f"#exercise-{name}", set(), set()
+    for _ in range(12):
+        right = page.eval_on_selector(box, "form => form.made.right[0]")
+        order = page.eval_on_selector_all(f"{box} input", "all => all.map((x) => Number(x.value))")
+        places.add(order.index(right))
+        asked.add(page.inner_text(f"{box} legend"))
+        page.click(f"{box} button:text('other numbers')")
+    assert len(places) > 1
+    assert name != "mediocre" or len(asked) > 6
+
+
+def test_rewards_that_are_all_alike_leave_nothing_to_climb(opened):
+    page, said = opened()
+    for row in range(6):
+        page.locator("#rows .row").nth(row).locator("input").nth(1).fill("1.5")
+    assert page.inner_text("#share").startswith("nothing to climb")
+    for text in ("#says", "#prompt-says"):
+        assert page.inner_text(text).startswith("All rewards are alike")
+    page.click("#exercise-mediocre button:text('other numbers')")  # numbers of its own, whatever the sliders
+    assert answer(page, "mediocre", right=True).startswith("✓ Right.")
     assert said == []
 
 

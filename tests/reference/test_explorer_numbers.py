@@ -87,6 +87,22 @@ def test_a_changed_formula_is_seen():
     assert abs(said["logZ"] - given.log_z.item()) > 1e-3
 
 
+def test_a_weight_that_does_not_move_with_the_law_is_seen():
+    source = (resources.files("klimb.explorer") / "numbers.js").read_text(encoding="utf-8")
+    mutant = source.replace("zip(byLaw, byWeights, (a, b) => a + b)", "byLaw")
+    assert mutant != source
+    given, log_pi = cases()[0]
+    [seen, zero] = javascript(f"say(derivationOf({json.dumps(written(given, log_pi))})[5][1]);", mutant)
+    assert zero == 0
+    assert seen > 1e-3
+
+
+def test_rewards_that_are_all_alike_have_no_share():
+    given, log_pi = cases()[0]
+    flat = written(given, log_pi) | {"reward": [0.7] * given.reward.shape[1]}
+    assert javascript(f"say(numbersOf({json.dumps(flat)}).share);") is None
+
+
 def test_both_sides_of_every_line_of_the_derivation():
     made = cases()
     said = javascript(f"say({json.dumps([written(*case) for case in made])}.map(derivationOf));")

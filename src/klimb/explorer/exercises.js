@@ -58,14 +58,16 @@ const EXERCISES = [
   },
   {
     id: "larger-beta",
-    title: "A larger β",
+    title: "Another β",
     make(random) {
       const { logRef, reward, beta, ref } = smallProblem(random);
       const at = (b) => {
         const { logP, logZ } = best(logRef, reward, b);
         return { reward: mean(logP, reward), kl: kl(logP, logRef), value: b * logZ };
       };
-      const [before, after] = [at(beta), at(2 * beta)];
+      const dearer = random() < 0.5;
+      const other = dearer ? 2 * beta : beta / 2;
+      const [before, after] = [at(beta), at(other)];
       const said = [
         ["E_p[r] falls", after.reward < before.reward],
         ["E_p[r] rises", after.reward > before.reward],
@@ -76,12 +78,12 @@ const EXERCISES = [
       const right = said.flatMap(([, yes], i) => (yes ? [i] : []));
       return {
         kind: "several",
-        asks: `ref = (${words(ref)}), r = (${words(reward, 0)}). β is doubled, from ${beta} to ${2 * beta}. What happens to the best policy? Choose all that are true.`,
+        asks: `ref = (${words(ref)}), r = (${words(reward, 0)}). β goes from ${beta} to ${other}. What happens to the best policy? Choose all that are true.`,
         options: said.map(([text]) => text),
         right,
         check: (chosen) => ({
           right: JSON.stringify([...chosen].sort()) === JSON.stringify(right),
-          why: `A nat costs more, so p stays nearer to ref: E_p[r] goes from ${round(before.reward, 3)} to ${round(after.reward, 3)}, KL(p‖ref) from ${round(before.kl, 3)} to ${round(after.kl, 3)}, β log Z from ${round(before.value, 3)} to ${round(after.value, 3)}, towards E_ref[r] = ${round(mean(logRef, reward), 3)}.`,
+          why: `A nat costs ${dearer ? "more, so p stays nearer to ref" : "less, so p goes further from ref"}: E_p[r] goes from ${round(before.reward, 3)} to ${round(after.reward, 3)}, KL(p‖ref) from ${round(before.kl, 3)} to ${round(after.kl, 3)}, β log Z from ${round(before.value, 3)} to ${round(after.value, 3)}${dearer ? ", towards" : ", away from"} E_ref[r] = ${round(mean(logRef, reward), 3)}.`,
         }),
       };
     },
@@ -160,15 +162,15 @@ const EXERCISES = [
     id: "mediocre",
     title: "Why did it hardly improve?",
     make(random) {
-      const { logRef, reward } = current();
+      const { logRef, reward } = smallProblem(random);
       const cause = pick(random, [0, 1]);
-      const beta = cause === 0 ? 8 : 0.4;
+      const beta = cause === 0 ? 4 : 0.4;
       const { logP } = best(logRef, reward, beta);
       const mixed = (s) => zip(logRef, logP, (r, p) => (1 - s) * r + s * p);
-      const logPi = lawOf(mixed(cause === 0 ? 0.95 : 0.12).map(Math.exp));
+      const logPi = lawOf(mixed(cause === 0 ? 0.75 + 0.15 * random() : 0.08 + 0.12 * random()).map(Math.exp));
       const m = numbersOf({ logRef, reward, logPi, beta });
       return {
-        asks: `After training at β = ${beta}: reward ${round(m.reward)} (reference ${round(m.refReward)}), KL to ref ${round(m.kl)} nats. The plan said that the best policy at this β earns ${round(m.bestReward)} at ${round(m.bestKl)} nats. Why is the reward so low?`,
+        asks: `After training at β = ${beta}: reward ${round(m.reward)} (reference ${round(m.refReward)}), KL to ref ${round(m.kl, 3)} nats. The plan said that the best policy at this β earns ${round(m.bestReward)} at ${round(m.bestKl, 3)} nats. Why is the reward so low?`,
         ...choice(
           ["β is too high: the best policy itself is mediocre", "Training stopped early or its steps are too small: the best policy is far away", "The reward is wrong"],
           m.share > 0.5 ? 0 : 1,
@@ -234,7 +236,8 @@ function exercise({ id, title, make: build }) {
     } else {
       const type = made.kind === "several" ? "checkbox" : "radio";
       const inputs = made.options.map((_, i) => make("input", { type, name: id, value: String(i) }));
-      body = make("fieldset", {}, make("legend", {}, made.asks), ...made.options.map((text, i) => make("label", {}, inputs[i], make("span", {}, text))));
+      const places = shuffled(randomFrom(seed + 1000), range(inputs.length)); // the place gives nothing away
+      body = make("fieldset", {}, make("legend", {}, made.asks), ...places.map((i) => make("label", {}, inputs[i], make("span", {}, made.options[i]))));
       read = () => {
         const chosen = inputs.flatMap((input, i) => (input.checked ? [i] : []));
         return chosen.length ? chosen : null;

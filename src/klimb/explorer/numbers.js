@@ -56,6 +56,7 @@ const norm = (values) => Math.sqrt(sum(values.map((x) => x * x)));
 function numbersOf({ logRef, reward, logPi, beta }) {
   const { logP, logZ } = best(logRef, reward, beta);
   const gap = beta * kl(logPi, logP);
+  const room = beta * kl(logRef, logP); // beta log Z - E_ref[r]
   return {
     logP,
     logZ,
@@ -68,7 +69,7 @@ function numbersOf({ logRef, reward, logPi, beta }) {
     toBest: kl(logPi, logP),
     fromBest: kl(logP, logPi),
     gap,
-    share: 1 - gap / (beta * logZ - mean(logRef, reward)),
+    share: room > 1e-12 ? 1 - gap / room : null, // nothing to climb where all rewards are alike
   };
 }
 
@@ -81,9 +82,11 @@ function derivationOf({ logRef, reward, logPi, beta }) {
   const withZ = mean(logPi, zip(logPi, logP, (l, p) => l - (logZ + p)));
   const price = logPi.map((l, i) => reward[i] - beta * (l - logRef[i]));
   const pull = zip(logPi, logP, (l, p) => l - p);
-  // log Z written with pi, log E_pi[w], w = target / pi: what moves the law and what moves the weight cancel
-  const share = zip(logPi, logP, (l, p) => p - l).map(Math.exp);
-  const moved = zip(logPi, share, (l, s) => Math.exp(l) * s - Math.exp(l));
+  // log Z written with pi, log E_pi[w], w = target / pi. Its gradient has two parts that cancel: the law moves and draws
+  // other outcomes, and every weight moves against it. Each is summed by itself.
+  const whole = sum(logP.map(Math.exp));
+  const byLaw = scoreGradient(logPi, zip(logPi, logP, (l, p) => Math.exp(p - l)));
+  const byWeights = zip(logPi, logP, (l, p) => Math.exp(l) * whole - Math.exp(p));
   return [
     [[j, mean(logPi, price)]],
     [[j / -beta, c]],
@@ -95,7 +98,7 @@ function derivationOf({ logRef, reward, logPi, beta }) {
     [[withZ, kl(logPi, logP) - logZ]],
     [
       [norm(scoreGradient(logPi, residual)), norm(scoreGradient(logPi, pull))],
-      [norm(moved.map((x) => x - x)), 0],
+      [norm(zip(byLaw, byWeights, (a, b) => a + b)), 0],
     ],
   ];
 }

@@ -190,13 +190,13 @@ function update() {
     }
   });
   const lifted = laws.p.reduce((a, p, i) => (p - laws.ref[i] > laws.p[a] - laws.ref[a] ? i : a), 0);
-  put("says", `At this price the best policy says “${WORDS[lifted]}” ${percent(laws.p[lifted])} of the time; the reference does ${percent(laws.ref[lifted])}. It earns ${round(found.bestReward)} where the reference earns ${round(found.refReward)}, and spends ${round(found.bestKl)} nats.`);
+  put("says", found.share === null ? "All rewards are alike: the best policy is the reference itself, at every price." : `At this price the best policy says “${WORDS[lifted]}” ${percent(laws.p[lifted])} of the time; the reference does ${percent(laws.ref[lifted])}. It earns ${round(found.bestReward)} where the reference earns ${round(found.refReward)}, and spends ${round(found.bestKl)} nats.`);
   put("left", round(found.objective, 4));
   put("left-parts", `${round(found.reward, 4)} − ${round(state.beta)} · ${round(found.kl, 4)}`);
   put("right", round(state.beta * found.logZ - found.gap, 4));
   put("right-parts", `${round(state.beta * found.logZ, 4)} − ${round(state.beta)} · ${round(found.toBest, 4)}`);
-  put("share", percent(found.share));
-  at("meter").value = Math.max(0, found.share);
+  put("share", found.share === null ? "nothing to climb, all rewards are alike" : percent(found.share));
+  at("meter").value = Math.max(0, found.share ?? 1);
   for (const [key, value] of panel) value.textContent = round(found[key], 3);
   redraw("frontier", {
     curve: frontier(now.logRef, now.reward, range(61).map((i) => 10 ** (-1.5 + i * 0.05))),
@@ -238,6 +238,6 @@ function update() {
   const part = numbersOf({ ...now, logPi: prompted });
   const reached = Math.max(...range(161).map((i) => numbersOf({ ...now, logPi: promptLaw(-3 + i * 0.05) }).share));
   put("t-value", round(t));
-  put("prompt-says", `With this prompt the model earns ${round(part.reward)} at ${round(part.kl)} nats and has gone ${percent(part.share)} of the way. The best prompt goes ${percent(reached)}: what is left is not a matter of training longer, the family does not hold p.`);
+  put("prompt-says", part.share === null ? "All rewards are alike: there is nothing to climb." : `With this prompt the model earns ${round(part.reward)} at ${round(part.kl)} nats and has gone ${percent(part.share)} of the way. The best prompt goes ${percent(reached)}: what is left is not a matter of training longer, the family does not hold p.`);
 }
 update();
