@@ -1,5 +1,7 @@
 """The explorer in a browser: quiet, offline, at home on a phone, and its sliders and exercises say what they should."""
 
+import math
+import re
 import shutil
 
 import pytest
@@ -178,3 +180,87 @@ def test_keys_are_enough(opened):
     for _ in range(20):
         page.keyboard.press("ArrowLeft")
     assert number(page, "n-bestReward") > before
+
+
+def test_the_slider_of_beta_says_beta(opened):
+    page, _ = opened()
+    page.fill("#beta", "1")
+    assert page.get_attribute("#beta", "aria-valuetext") == page.inner_text("#beta-value") == "10.00"
+
+
+# What is right, from the words that a reader sees and not from what the page holds.
+
+
+def numbers_in(text):
+    return [float(x) for x in re.findall(r"[-\d.]*\d", text.replace("−", "-"))]
+
+
+def is_target(asks):
+    ref, reward = (numbers_in(x) for x in re.findall(r"\(([^)]*)\)", asks)[:2])
+    beta = float(re.search(r"β = ([\d.]+\d|\d)", asks)[1])
+    weights = [q * math.exp(r / beta) for q, r in zip(ref, reward, strict=True)]
+    place = ["first", "second", "third"].index(re.search(r"of the (\w+) completion", asks)[1])
+    return weights[place] / sum(weights)
+
+
+def is_direction(asks):
+    out, back = (float(x) for x in re.findall(r"= ([\d.]+) nats", asks))
+    return "It left out something that p does" if back > out else "It does much that p never does"
+
+
+def is_cause(asks):
+    reward, start, _, planned, _ = numbers_in(asks.split(":", 1)[1])
+    near = (reward - start) / (planned - start) > 0.5
+    return "β is too high" if near else "Training stopped early"
+
+
+def is_loss(asks):
+    return "KL(student‖teacher)" if "never says" in asks else "KL(teacher‖student)"
+
+
+def is_variant(asks):
+    from klimb.exact.variants import VARIANTS
+
+    return next(v.says for v in VARIANTS.values() if f"writes {v.formula} in the place" in asks)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("why-z", lambda _: "The policy's parameters are not in it"),
+        ("two-directions", is_direction),
+        ("variant", is_variant),
+        ("loss", is_loss),
+        ("mediocre", is_cause),
+        ("compute", is_target),
+    ],
+)
+def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
+    page, _ = opened()
+    box = f"#exercise-{name}"
+    for _ in range(12):
+        asks = page.inner_text(f"{box} legend")
+        if name == "compute":
+            page.fill(f"{box} input", f"{meant(asks):.2f}")
+        else:
+            labels = page.locator(f"{box} fieldset label").all_inner_texts()
+            place = next(i for i, text in enumerate(labels) if text.strip().startswith(meant(asks)))
+            page.locator(f"{box} input").nth(place).check()
+        page.click(f"{box} button[type=submit]")
+        assert page.inner_text(f"{box} .answer").startswith("✓ Right."), asks
+        page.click(f"{box} button:text('other numbers')")
+
+
+def test_a_larger_beta_spends_and_earns_less_and_a_smaller_one_more(opened):
+    page, _ = opened()
+    box = "#exercise-larger-beta"
+    for _ in range(6):
+        before, after = re.search(
+            r"β goes from ([\d.]+) to ([\d.]+\d|\d)", page.inner_text(f"{box} legend")
+        ).groups()
+        moves = "falls" if float(after) > float(before) else "rises"
+        for i, text in enumerate(page.locator(f"{box} fieldset label").all_inner_texts()):
+            page.locator(f"{box} input").nth(i).set_checked(moves in text)
+        page.click(f"{box} button[type=submit]")
+        assert page.inner_text(f"{box} .answer").startswith("✓ Right.")
+        page.click(f"{box} button:text('other numbers')")

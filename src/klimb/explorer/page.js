@@ -179,6 +179,7 @@ function update() {
   const found = numbersOf(now);
   const laws = { ref: now.logRef.map(Math.exp), p: found.logP.map(Math.exp), pi: now.logPi.map(Math.exp) };
   put("beta-value", round(state.beta, state.beta < 0.1 ? 3 : 2));
+  at("beta").setAttribute("aria-valuetext", at("beta-value").textContent); // the slider itself holds its logarithm
   rows.forEach((row, i) => {
     row.ref.value.textContent = percent(laws.ref[i]);
     row.reward.value.textContent = round(state.reward[i], 1);
