@@ -68,9 +68,9 @@ def backward(
     The first `num_fresh` draws of each prompt are the policy's own, as it is now: the law they were drawn from is the
     policy, so their importance weight is exactly 1, whatever a sampler in low precision said of them.
 
-    Groups that fit into a chunk are passed once: the objective reads the same log-probabilities that the backward
-    pass goes through. A group too large for that is first looked at without gradients, for its coefficients, and
-    then passed again in pieces.
+    Groups that fit (`CausalPolicy.group_tokens`) are passed once: the objective reads the same log-probabilities that
+    the backward pass goes through. A group too large for that is first looked at without gradients, for its
+    coefficients, and then passed again in pieces.
 
     Args:
         policy: whose parameters gain gradients.
@@ -98,7 +98,7 @@ def backward(
         here, there = slice(start, start + group.num_prompts), slice(offset, offset + num_tokens)
         start, offset = here.stop, there.stop
         part = {n: x if x.ndim == 0 else x[there if is_packed(n) else here] for n, x in known.items()}
-        fits = num_tokens <= policy.chunk_tokens and later is None
+        fits = num_tokens <= policy.group_tokens and later is None
         with torch.set_grad_enabled(fits):
             tokens = policy.log_prob(group)
             log_pi = group.sequence_sums(tokens)

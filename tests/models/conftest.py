@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from klimb.data import Draws, Example
+from klimb.models import fused_attention
 from klimb.models.policy import CausalPolicy
 
 TEMPLATE = (
@@ -224,3 +225,53 @@ def made_up():
         return Draws(examples, completions, finished=torch.ones(len(examples), num_draws, dtype=torch.bool))
 
     return make
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """In the place of a GPU's fused kernels what they compute, sequence by sequence."""
+
+    def sequences(run):
+        used = (run.keys[1:] - run.keys[:-1]) if run.used is None else run.used
+        for s, (start, end) in enumerate(
+            zip(run.queries[:-1].tolist(), run.queries[1:].tolist(), strict=True)
+        ):
+            begin = int(run.keys[s])
+            yield slice(start, end), slice(begin, begin + int(used[s]))
+
+    def weighed(run, query, key, scale):
+        score = (
+            torch.einsum("qhw,shw->hqs", query, key.repeat_interleave(query.shape[1] // key.shape[1], 1))
+            * scale
+        )
+        later = torch.arange(score.shape[2]) > torch.arange(score.shape[1])[:, None]
+        return score.masked_fill(later, -torch.inf) if run.causal else score
+
+    def forward(run, query, key, value, scale):
+        out, log_sum = torch.empty_like(query), query.new_empty(query.shape[1], len(query))
+        for asked, said in sequences(run):
+            score = weighed(run, query[asked], key[said], scale)
+            log_sum[:, asked] = score.logsumexp(-1)
+            wide = value[said].repeat_interleave(query.shape[1] // value.shape[1], 1)
+            out[asked] = torch.einsum("hqs,shw->qhw", score.softmax(-1), wide)
+        return out, log_sum
+
+    def backward(run, upstream, query, key, value, out, log_sum, scale):
+        found = [torch.zeros_like(x) for x in (query, key, value)]
+        groups = query.shape[1] // key.shape[1]
+        for asked, said in sequences(run):
+            q, g = query[asked], upstream[asked]
+            k, v = (x[said].repeat_interleave(groups, 1) for x in (key, value))
+            weights = (weighed(run, q, key[said], scale) - log_sum[:, asked, None]).exp()
+            level = (g * out[asked]).sum(-1).t()[..., None]
+            inner = weights * (torch.einsum("qhw,shw->hqs", g, v) - level) * scale
+            found[0][asked] += torch.einsum("hqs,shw->qhw", inner, k)
+            for place, x in (
+                (1, torch.einsum("hqs,qhw->shw", inner, q)),
+                (2, torch.einsum("hqs,qhw->shw", weights, g)),
+            ):
+                found[place][said] += x.unflatten(1, (-1, groups)).sum(2)
+        return tuple(found)
+
+    monkeypatch.setattr(fused_attention, "run_forward", forward)
+    monkeypatch.setattr(fused_attention, "run_backward", backward)

@@ -12,7 +12,9 @@ import torch
 
 from klimb.backward import backward, known_numbers
 from klimb.data import Pool
+from klimb.models import policy as policy_module
 from klimb.models.families import full, lora
+from klimb.models.policy import CausalPolicy
 from klimb.objectives import log_variance, reverse_kl
 from klimb.objectives.surrogate import dapo, grpo, ppo
 from klimb.target import tilt
@@ -147,3 +149,27 @@ def test_gradients_are_added_to_what_is_there(build, tokenizer, pool):
     once = [p.grad.clone() for p in policy.trainable]
     backward(policy, pool.draws, known_numbers(pool, target), log_variance, scale=SCALE)
     assert relative([p.grad for p in policy.trainable], [2 * g for g in once]) < 1e-12
+
+
+@pytest.mark.parametrize(("group_tokens", "passes"), [(2048, 1), (40, 4)])
+def test_a_group_that_fits_is_read_once(pool, build, tokenizer, examples, monkeypatch, group_tokens, passes):
+    """Left to itself a chunk is small; the draws of one prompt still go together as long as the memory allows."""
+    monkeypatch.setattr(policy_module, "CHUNK_TOKENS", {"cpu": 5})
+    monkeypatch.setattr(policy_module, "GROUP_TOKENS", group_tokens)
+    policy, reference = lora(build("llama_tied"), tokenizer)
+    group = [torch.arange(8, 8 + n) for n in (13, 17, 19)]
+    one = replace(
+        pool.draws,
+        examples=examples[:1],
+        completions=[group],
+        finished=pool.draws.finished[:1, :3],
+        log_q=None,
+    )
+    rows = []
+    scored = CausalPolicy.log_prob
+    monkeypatch.setattr(
+        CausalPolicy, "log_prob", lambda self, draws: rows.append(draws.num_draws) or scored(self, draws)
+    )
+    known = known_numbers(Pool(one, torch.rand(1, 3), torch.rand(1, 3)), tilt(reference, None, 0.5))
+    backward(policy, one, known, log_variance, scale=SCALE)
+    assert len(rows) == passes

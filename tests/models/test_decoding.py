@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from klimb.models import decoding
+from klimb.models import decoding, fused_attention, llama, written_out
+from klimb.models.attended import Matrices
 from klimb.models.families import lora
 from klimb.models.llama import LlamaDecoder
 from klimb.models.policy import CausalPolicy
@@ -80,13 +81,32 @@ def test_steps_of_fixed_shapes_draw_the_same(name, build, tokenizer, examples, m
     monkeypatch.setattr(decoding, "LlamaDecoder", partial(LlamaDecoder, fixed=True))
     assert apart(growing, drawn()) < 1e-3
 
-    def forgetful(self, tokens):  # the mutant: places not yet written are read
-        self.unwritten = torch.zeros_like(self.unwritten)
-        return LlamaDecoder.next_hidden(self, tokens)
+    class Forgetful(Matrices):  # the mutant: places not yet written are read
+        def begin_token(self, length):
+            super().begin_token(length)
+            self.unwritten.zero_()
 
-    monkeypatch.setattr(decoding, "LlamaDecoder", type("Mutant", (LlamaDecoder,), {"next_hidden": forgetful}))
-    monkeypatch.setattr(decoding, "LlamaDecoder", partial(decoding.LlamaDecoder, fixed=True))
+    monkeypatch.setattr(llama, "Matrices", Forgetful)
     assert apart(growing, drawn()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama_untied", "qwen2"])
+def test_fused_attention_draws_the_same(name, build, tokenizer, examples, monkeypatch, plain_kernels):
+    """What a GPU's kernels are told of a draw: rows that leave, prompts of many lengths, places not yet written."""
+    policy, _ = moved(build(name), tokenizer)
+
+    def drawn():
+        generator = torch.Generator().manual_seed(2)
+        return ancestral(policy, examples, 6, generator=generator, max_completion_length=LONGEST)
+
+    by_hand = drawn()
+    for place in (llama, written_out):
+        monkeypatch.setattr(place, "attention_of", lambda model, dtype: fused_attention)
+    assert apart(by_hand, drawn()) < 1e-3
+    monkeypatch.setattr(
+        fused_attention, "merged", lambda own, prompt: own[0]
+    )  # the mutant: the prompt is forgotten
+    assert apart(by_hand, drawn()) > 0.01
 
 
 def test_weights_that_moved_are_laid_out_again(build, tokenizer, examples):

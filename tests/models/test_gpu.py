@@ -1,5 +1,6 @@
 """The same code on a GPU: drawing, scoring, learning and measuring, on tiny models; skipped where there is none."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 from klimb.learn import Recipe
 from klimb.measure import measure
+from klimb.models import fused_attention, shared_attention
+from klimb.models import policy as policy_module
 from klimb.models.families import lora
+from klimb.models.policy import CausalPolicy
 from klimb.objectives import log_variance
 from klimb.plan import plan
 from klimb.samplers.ancestral import ancestral
@@ -54,6 +58,79 @@ def test_chunks_change_no_gradient(build, tokenizer, examples):
         draws.sequence_sums(policy.log_prob(draws)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+def random_attention(prompts, rows):
+    """Query, key, value and an upstream gradient of packed tokens in bfloat16; and what float64 makes of them."""
+    total = sum(prompts) + sum(map(sum, rows))
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    made = [
+        torch.randn(total, heads, 16, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for heads in (6, 2, 2, 6)
+    ]
+    layout = shared_attention.laid_out(prompts, rows, device="cuda")
+    exact = [x.double() for x in made]
+    out, seen = shared_attention.attend(*exact[:3], layout, 0.4)
+    return made, (out, *shared_attention.attend_backward(exact[3], out, seen, layout, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows"),
+    [([40, 7, 90], [[3, 0, 130], [2, 2, 2], [0, 0, 40]]), ([5, 5], [[70] * 4] * 2), ([4], [[0, 0]])],
+    ids=["ragged", "nothing padded", "prompts alone"],
+)
+def test_fused_kernels_are_attention(prompts, rows):
+    made, exact = random_attention(prompts, rows)
+    runs = fused_attention.laid_out(prompts, rows, device="cuda")
+
+    def found(runs):
+        out, seen = fused_attention.attend(*made[:3], runs, 0.4)
+        return out, *fused_attention.attend_backward(made[3], out, seen, runs, 0.4)
+
+    for ours, wanted in zip(found(runs), exact, strict=True):
+        assert (ours - wanted).norm() < 0.01 * wanted.norm()
+    assert all(torch.equal(a, b) for a, b in zip(found(runs), found(runs), strict=True))  # a fixed order
+    if runs.own is not None:
+        blind = replace(runs, own=replace(runs.own, causal=False))
+        assert (found(blind)[0] - exact[0]).norm() > 0.1 * exact[0].norm()
+
+
+@pytest.mark.parametrize("name", ["llama_untied", "qwen2"])
+def test_half_precision_rounds_no_more_than_the_models_own_layers(
+    name, build, tokenizer, examples, monkeypatch
+):
+    """Scores and gradients in bfloat16 against float64, by the fused kernels and by transformers' layers."""
+    draws = ancestral(
+        CausalPolicy(build(name), tokenizer), examples, 6, generator=seeded(1), max_completion_length=12
+    )
+
+    def found(dtype):
+        policy, _ = lora(build(name, dtype=dtype, width=0.3).to("cuda"), tokenizer, r=4)
+        for i, tensor in enumerate(policy.trainable):
+            rounded = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(std=0.1, generator=seeded(i))
+            tensor.data.copy_(rounded)
+        scores = policy.log_prob(draws)
+        scores.sum().backward()
+        return scores.detach().double(), torch.cat([p.grad.flatten() for p in policy.trainable]).double()
+
+    exact, ours = found(torch.float64), found(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_module, "is_llama_like", lambda model: False)
+        theirs = found(torch.bfloat16)
+    for mine, other, wanted in zip(ours, theirs, exact, strict=True):
+        assert 0 < (mine - wanted).norm() < 1.5 * (other - wanted).norm()
+
+
+@pytest.mark.parametrize("name", ["llama_untied", "qwen2"])
+def test_draws_in_half_precision_are_the_policys(name, build, tokenizer, examples):
+    policy, reference = lora(build(name, dtype=torch.bfloat16, width=0.3).to("cuda"), tokenizer, r=4)
+    for tensor in policy.trainable:
+        torch.nn.init.normal_(tensor.data, std=0.1)
+    draws = ancestral(policy, examples, 64, generator=seeded(1), max_completion_length=12)
+    assert draws.lengths.min() < draws.lengths.max()  # rows have left
+    with torch.no_grad():
+        ours, other = (draws.sequence_sums(who.log_prob(draws)) for who in (policy, reference))
+    assert (draws.log_q - ours).abs().mean() < 0.2 * (draws.log_q - other).abs().mean()
 
 
 def test_a_climb(build, tokenizer, examples):

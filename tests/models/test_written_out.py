@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from klimb.data import Draws
+from klimb.models import fused_attention, shared_attention, written_out
 from klimb.models import policy as policy_module
 from klimb.models.families import full, lora
 from klimb.models.policy import CausalPolicy
-from klimb.models.shared_attention import attend, attend_backward, laid_out
 from klimb.models.soft_prompt import soft_prompt
 
 ROUNDING = 1e-4
@@ -120,7 +120,7 @@ def test_long_sequences_and_other_models_take_the_other_road(
     with pytest.raises(AssertionError):
         CausalPolicy(build("llama_tied"), tokenizer).log_prob(draws)
     CausalPolicy(build("gpt2"), tokenizer).log_prob(draws)
-    monkeypatch.setattr(policy_module, "LONGEST", 40)
+    monkeypatch.setattr(written_out, "LONGEST", 40)
     CausalPolicy(build("llama_tied"), tokenizer).log_prob(draws)
 
 
@@ -147,33 +147,62 @@ def plain_attention(query, key, value, prompts, rows, scale):
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize(
+LAYOUTS = pytest.mark.parametrize(
     ("prompts", "rows"),
     [([3, 3], [[2, 2], [2, 2]]), ([1, 5, 2], [[3, 0, 1], [2, 2, 2], [0, 0, 4]]), ([4], [[0, 0]])],
     ids=["nothing padded", "ragged", "prompts alone"],
 )
-def test_attention_and_its_backward_pass(prompts, rows):
+
+
+def attention_apart(road, layout, prompts, rows):
+    """By how much a road's attention and its gradients differ from the plain ones; its values under other layouts."""
     total, scale = sum(prompts) + sum(map(sum, rows)), 0.4
     generator = torch.Generator().manual_seed(0)
     query, key, value, upstream = (
         torch.randn(total, heads, 3, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4)
     )
-    layout = laid_out(prompts, rows)
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     expected = plain_attention(*leaves, prompts, rows, scale)
     wanted = torch.autograd.grad(expected, leaves, upstream)
+    out, seen = road.attend(query, key, value, layout, scale)
+    back = road.attend_backward(upstream, out, seen, layout, scale)
+    return [(a - b).abs().max().item() for a, b in zip((out, *back), (expected, *wanted), strict=True)]
 
-    def found():
-        out, seen = attend(query, key, value, layout, scale)
-        back = attend_backward(upstream, out, seen, layout, scale)
-        return [(a - b).abs().max().item() for a, b in zip((out, *back), (expected, *wanted), strict=True)]
 
-    assert max(found()) < 1e-12
+@LAYOUTS
+def test_attention_and_its_backward_pass(prompts, rows):
+    layout = shared_attention.laid_out(prompts, rows)
+    assert max(attention_apart(shared_attention, layout, prompts, rows)) < 1e-12
     if layout.own is None:
         return
     # the mutants: a completion that sees its own later tokens; one that does not see its prompt's padding as such
     blind = replace(layout, own=replace(layout.own, causal=torch.zeros_like(layout.own.causal)))
-    assert (attend(query, key, value, blind, scale)[0] - expected).abs().max() > 0.01
+    assert attention_apart(shared_attention, blind, prompts, rows)[0] > 0.01
     if layout.own.unseen is not None:
         blind = replace(layout, own=replace(layout.own, unseen=None))
-        assert (attend(query, key, value, blind, scale)[0] - expected).abs().max() > 0.01
+        assert attention_apart(shared_attention, blind, prompts, rows)[0] > 0.01
+
+
+@LAYOUTS
+def test_fused_attention_and_its_backward_pass(prompts, rows, plain_kernels):
+    """Halves of a softmax merged, and the gradients of each half from what the whole came to."""
+    runs = fused_attention.laid_out(prompts, rows)
+    assert max(attention_apart(fused_attention, runs, prompts, rows)) < 1e-12
+    if runs.own is None:
+        return
+    # the mutants: completions that see their own later tokens; completions of one prompt over that of another
+    blind = replace(runs, own=replace(runs.own, causal=False))
+    assert attention_apart(fused_attention, blind, prompts, rows)[0] > 0.01
+    moved = runs.shared.queries.clone()
+    moved[1:-1] -= 1
+    blind = replace(runs, shared=replace(runs.shared, queries=moved))
+    assert len(prompts) == 1 or attention_apart(fused_attention, blind, prompts, rows)[0] > 0.01
+
+
+@pytest.mark.parametrize("family", ["lora", "virtual tokens"])
+def test_a_pass_by_fused_kernels(family, build, tokenizer, examples, made_up, monkeypatch, plain_kernels):
+    policy = moved(FAMILIES[family](build("llama_untied", dtype=torch.float64), tokenizer))
+    draws = made_up(examples, 3, len(tokenizer))
+    monkeypatch.setattr(written_out, "attention_of", lambda model, dtype: fused_attention)
+    values, slopes = apart(policy, draws, monkeypatch)
+    assert max(values, slopes) < ROUNDING

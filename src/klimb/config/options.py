@@ -472,7 +472,7 @@ class Config(BaseModel):
     seed: Amount = 0
     """of everything random"""
     max_chunk_tokens: Count | None = None
-    """completion tokens that go through the model together; left out: 512 on a CPU, 4096 on a GPU; less needs less memory"""
+    """completion tokens that go through the model together; left out: 512 on a CPU (of one prompt 2048), 4096 on a GPU; less needs less memory"""
     batch_rows: Count = 192
     """completions drawn side by side"""
 

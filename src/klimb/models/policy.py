@@ -22,12 +22,13 @@ from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
 from klimb.models.room import remembering
 from klimb.models.sharded import whole
-from klimb.models.shared_attention import laid_out
-from klimb.models.written_out import LONGEST, is_llama_like, through_layers
+from klimb.models.written_out import is_llama_like, longest_packed, through_layers
 from klimb.ranks import ALONE, Ranks
 
 CHUNK_TOKENS = {"cuda": 4096}
 """512 keep a CPU busy and its memory small; a GPU would wait for Python with so few"""
+GROUP_TOKENS = 2048
+"""the draws of one prompt are an update's smallest unit: up to so many go together even so, rather than being read twice"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class CausalPolicy:
     def chunk_tokens(self) -> int:
         """Completion tokens that go through the model together."""
         return self.max_chunk_tokens or CHUNK_TOKENS.get(self.device.type, 512)
+
+    @property
+    def group_tokens(self) -> int:
+        """Completion tokens of one prompt that go through the model together; of more, coefficients are looked for first."""
+        return self.max_chunk_tokens or max(GROUP_TOKENS, self.chunk_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +184,7 @@ class CausalPolicy:
         if self.sharded.world > 1 and torch.is_grad_enabled():
             return self._hidden_by_rows(draws, prompts)
         longest = max(map(len, prompts)) + int(draws.lengths.max())
-        if self.prefix is None and longest <= LONGEST and is_llama_like(self.model):
+        if self.prefix is None and is_llama_like(self.model) and longest <= longest_packed(self.model):
             return self._hidden_packed(draws, prompts)
         first, cache, mask = self.read_prompts(draws.examples)
         cache.batch_repeat_interleave(draws.num_draws)
@@ -230,16 +236,16 @@ class CausalPolicy:
     def _hidden_packed(self, draws: Draws, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The same through Llama's layers written out: prompts and completions packed, each token once."""
         rows = [[ids[:-1] for ids in group] for group in draws.completions]
-        layout = laid_out(
-            [len(p) for p in prompts], [[len(r) for r in group] for group in rows], device=self.device
-        )
         ids = torch.cat([torch.tensor(p) for p in prompts] + [r for group in rows for r in group])
         starts, position, predicts = _packed_places([len(p) for p in prompts], draws)
         embedded = self.model.get_input_embeddings()(ids.to(self.device))
         if self.virtual is not None:
             place = (starts[:, None] + torch.arange(len(self.virtual))).flatten().to(self.device)
             embedded = embedded.index_copy(0, place, self.virtual.repeat(len(prompts), 1).to(embedded.dtype))
-        states = through_layers(self.model, embedded, position.to(self.device), layout)
+        lengths = [[len(r) for r in group] for group in rows]
+        states = through_layers(
+            self.model, embedded, position.to(self.device), [len(p) for p in prompts], lengths
+        )
         return self.body.norm(states[predicts.to(self.device)])
 
     @property

@@ -41,39 +41,39 @@ class Part:
 
 @dataclass(frozen=True)
 class Product:
-    """x -> x W' + bias + (scale * x A') B' of layers side by side, W and B above one another.
+    """x -> x W' + bias + (x A') B' of layers side by side, W and B above one another, A times its scale.
 
     Attributes:
         parts: the layers, in order.
         weights: [D_out, D_in] of each layer, or one for all of them.
         packed: whether that one is laid out for the processor.
         bias: [D_out] or None.
-        adapter: A [r, D_in], scale [r], B' [r, D_out], or None.
+        adapter: A [r, D_in], B' [r, D_out], or None.
     """
 
     parts: tuple[Part, ...]
     weights: tuple[Tensor, ...]
     packed: bool
     bias: Tensor | None
-    adapter: tuple[Tensor, Tensor, Tensor] | None
+    adapter: tuple[Tensor, Tensor] | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, D_in] -> [N, D_out]."""
         return self.forward(x)[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[N, D_in] -> [N, D_out], and scale * x A' [N, r], which the backward pass wants."""
+        """[N, D_in] -> [N, D_out], and x A' [N, r], which the backward pass wants."""
         if self.packed:
             y = _packed_linear(x, self.weights[0], self.bias)
         elif len(self.weights) == 1:
             y = nn.functional.linear(x, self.weights[0], self.bias)
         else:
-            y = torch.cat([x @ weight.t() for weight in self.weights], 1)
+            y = self._side_by_side(x)
             y = y if self.bias is None else y.add_(self.bias)
         if self.adapter is None:
             return y, None
-        a, scale, b = self.adapter
-        narrow = (x @ a.t()).mul_(scale)
+        a, b = self.adapter
+        narrow = x @ a.t()
         return y.addmm_(narrow, b), narrow
 
     def backward(self, upstream: Tensor, x: Tensor, narrow: Tensor | None, found: Gradients) -> Tensor:
@@ -93,7 +93,7 @@ class Product:
         return g_x if g_narrow is None or self.adapter is None else g_x.addmm_(g_narrow, self.adapter[0])
 
     def collect(self, upstream: Tensor, x: Tensor, narrow: Tensor | None, found: Gradients) -> Tensor | None:
-        """Add the gradients of what is trained to `found`; that of scale * x A' comes back, None without adapters."""
+        """Add the gradients of what is trained to `found`; that of x A' comes back, None without adapters."""
         pieces = self._pieces(upstream)
         for piece, part in zip(pieces, self.parts, strict=True):
             if part.weight.requires_grad:
@@ -102,19 +102,26 @@ class Product:
                 found[id(part.bias)] = piece.sum(0)
         if self.adapter is None or narrow is None:
             return None
-        _, scale, b = self.adapter
-        g_narrow = (upstream @ b.t()).mul_(scale)
+        g_narrow = upstream @ self.adapter[1].t()
         start = 0
         for piece, part in zip(pieces, self.parts, strict=True):
             if part.adapter is None:
                 continue
-            a, wide, _ = part.adapter
+            a, wide, scale = part.adapter
             mine = slice(start, start := start + len(a))
             if a.requires_grad:
-                found[id(a)] = g_narrow[:, mine].t() @ x
+                found[id(a)] = (g_narrow[:, mine].t() @ x).mul_(scale)
             if wide.requires_grad:
                 found[id(wide)] = piece.t() @ narrow[:, mine]
         return g_narrow
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        """[N, D_in] -> [N, D_out] of several weights, each written where it belongs."""
+        heights = [len(weight) for weight in self.weights]
+        y = x.new_empty(len(x), sum(heights))
+        for weight, place in zip(self.weights, y.split(heights, 1), strict=True):
+            torch.mm(x, weight.t(), out=place)
+        return y
 
     def _pieces(self, upstream: Tensor) -> tuple[Tensor, ...]:
         """[N, D_out] -> [N, d] of each layer."""
@@ -141,7 +148,8 @@ def side_by_side(linears: Sequence[Any]) -> Product:
     return Product(parts, weights, packed, bias, _adapters_side_by_side(parts))
 
 
-def _adapters_side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+def _adapters_side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
+    """A above one another, each times its scale, and B' as blocks; few operations, since they are made anew for every pass."""
     heights = [len(part.weight) for part in parts]
     starts = [sum(heights[:i]) for i in range(len(heights))]
     on = [
@@ -149,13 +157,15 @@ def _adapters_side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
     ]
     if not on:
         return None
-    a = torch.cat([a for (a, _, _), _ in on])
-    scale = torch.cat([a.new_full((len(a),), s) for (a, _, s), _ in on])
+    narrow = [a.detach() if scale == 1.0 else a.detach() * scale for (a, _, scale), _ in on]
+    if len(parts) == 1:
+        return narrow[0], on[0][0][1].detach().t()
+    a = torch.cat(narrow)
     b, row = a.new_zeros(len(a), sum(heights)), 0
     for (_, wide, _), start in on:
-        b[row : row + wide.shape[1], start : start + wide.shape[0]] = wide.t()
+        b[row : row + wide.shape[1], start : start + wide.shape[0]] = wide.detach().t()
         row += wide.shape[1]
-    return a, scale, b
+    return a, b
 
 
 def forget_laid_out(model: nn.Module) -> None:

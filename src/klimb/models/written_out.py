@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from klimb.models import fused_attention, shared_attention
 from klimb.models.low_rank import base_of
 from klimb.models.products import Gradients, Product, side_by_side
-from klimb.models.shared_attention import Layout, Seen, attend, attend_backward
 
 KINDS = {"llama", "mistral", "qwen2"}
 LONGEST = 2048
-"""tokens of a sequence above which attention's weights would take more memory than the layers themselves"""
+"""tokens of a sequence above which attention's weights, where they are formed, would take more memory than the layers themselves"""
 
 
 def is_llama_like(model: Any) -> bool:
@@ -81,23 +82,44 @@ def written_out(layer: Any) -> Layer:
 
 @dataclass(frozen=True)
 class Place:
-    """What all layers are told: where the tokens lie, their angles [N, 1, w], heads of keys, and the scale of attention."""
+    """What all layers are told: where the tokens lie, their angles [N, 1, w], heads of keys, how attention is computed, and its scale."""
 
-    layout: Layout
+    layout: Any
     cos: Tensor
     sin: Tensor
     kv_heads: int
+    attention: ModuleType
     scale: float
 
 
-def through_layers(model: Any, embedded: Tensor, position: Tensor, layout: Layout) -> Tensor:
+def attention_of(model: Any, dtype: torch.dtype) -> ModuleType:
+    """How packed tokens attend: by the kernels of a GPU, or by products of matrices."""
+    width = model.get_decoder().layers[0].self_attn.head_dim
+    fused = fused_attention.is_fused(model.device, dtype, width)
+    return fused_attention if fused else shared_attention
+
+
+def longest_packed(model: Any) -> int:
+    """Tokens of a sequence that `through_layers` has the memory for."""
+    fused = attention_of(model, model.dtype) is fused_attention
+    return model.config.get_text_config().max_position_embeddings if fused else LONGEST
+
+
+def through_layers(
+    model: Any,
+    embedded: Tensor,
+    position: Tensor,
+    prompts: Sequence[int],
+    rows: Sequence[Sequence[int]],
+) -> Tensor:
     """[N, D] embedded tokens -> [N, D] the states after the last layer, before the last norm.
 
     Args:
         model: one that `is_llama_like`, its adapters on that are to speak.
-        embedded: [N, D].
+        embedded: [N, D] those of the prompts first, then those of their completions.
         position: [N] of each token in its sequence.
-        layout: where the tokens lie.
+        prompts: [P] tokens of each prompt.
+        rows: [P][G] tokens of each completion that are read (all but its last).
 
     Returns:
         The states; differentiable once in `embedded` and in all weights of the layers.
@@ -106,7 +128,9 @@ def through_layers(model: Any, embedded: Tensor, position: Tensor, layout: Layou
     cos, sin = body.rotary_emb(embedded, position_ids=position[None])
     attention = body.layers[0].self_attn
     kv_heads = model.config.get_text_config().num_key_value_heads
-    place = Place(layout, cos[0, :, None], sin[0, :, None], kv_heads, attention.scaling)
+    road = attention_of(model, embedded.dtype)
+    layout = road.laid_out(prompts, rows, device=embedded.device)
+    place = Place(layout, cos[0, :, None], sin[0, :, None], kv_heads, road, attention.scaling)
     layers = [written_out(layer) for layer in body.layers]
     trained = [x for layer in layers for x in layer.trained()]
     if torch.is_grad_enabled() and (trained or embedded.requires_grad):
@@ -151,7 +175,7 @@ class _Seen:
     """[N, D] what went in"""
     out: Tensor
     """[N, H, w] of attention"""
-    attended: list[Seen]
+    attended: list[Any]
     """what attention wants of itself"""
     middle: Tensor
     """[N, D] after attention"""
@@ -171,7 +195,7 @@ def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
         turned[:, -place.kv_heads :],
         heads[:, -place.kv_heads :],
     )
-    out, attended = attend(query, key, value, place.layout, place.scale)
+    out, attended = place.attention.attend(query, key, value, place.layout, place.scale)
     y, n_output = layer.output.forward(out.flatten(1))
     middle = x + y
     gate_up, n_gate_up = layer.gate_up.forward(_norm(layer.mlp_norm, middle)[0])
@@ -196,7 +220,7 @@ def _backward(
     g_read = layer.gate_up.backward(g_gate_up, read, n_gate_up, found)
     g = g + _norm_backward(layer.mlp_norm, g_read, seen.middle, size, found)
     g_out = layer.output.backward(g, seen.out.flatten(1), n_output, found)
-    to_query, to_key, to_value = attend_backward(
+    to_query, to_key, to_value = place.attention.attend_backward(
         g_out.view_as(seen.out), seen.out, seen.attended, place.layout, place.scale
     )
     turned = torch.cat([to_query, to_key], 1)
@@ -212,17 +236,36 @@ def _backward(
 
 def _norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """[N, D] -> the same at unit mean square times the norm's weight, and [N, 1] what it was multiplied by."""
+    if _is_one_kernel(norm, x):
+        return torch.ops.aten._fused_rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     wide = x.float() if x.dtype != torch.float64 else x
     size = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(norm.variance_epsilon))
     return (wide * size).to(x.dtype).mul_(norm.weight), size
 
 
 def _norm_backward(norm: Any, g: Tensor, x: Tensor, size: Tensor, found: Gradients) -> Tensor:
+    if _is_one_kernel(norm, x):
+        wanted = [True, norm.weight.requires_grad]
+        g, weight = torch.ops.aten._fused_rms_norm_backward(
+            g.contiguous(), x, norm.weight.shape, size, norm.weight, wanted
+        )
+        if norm.weight.requires_grad:
+            found[id(norm.weight)] = weight
+        return g
     unit = x.to(size.dtype) * size
     if norm.weight.requires_grad:
         found[id(norm.weight)] = (g * unit).sum(0).to(norm.weight.dtype)
     g = g.to(size.dtype) * norm.weight
     return g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(size).to(x.dtype)
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """[N, D] through a norm, as one kernel where there is one."""
+    return _norm(norm, x)[0] if _is_one_kernel(norm, x) else norm(x)
+
+
+def _is_one_kernel(norm: Any, x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == norm.weight.dtype != torch.float64
 
 
 def half_turned(x: Tensor) -> Tensor:
