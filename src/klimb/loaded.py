@@ -108,6 +108,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
     )
     context = _context(config)
     policy, reference = (replace(who, ranks=ranks) for who in _policies(config, policy_folder, context))
+    policy = replace(policy, gradient_checkpointing=config.gradient_checkpointing)
     teacher = _teacher(config, reference, context) if config.target.kind in TAUGHT else None
     if teacher is not None:
         teacher = replace(teacher, ranks=ranks)

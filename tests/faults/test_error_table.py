@@ -191,6 +191,18 @@ CASES = [
         None,
         ["num_minibatches 64", "prompts_per_step"],
     ),
+    (
+        "another name of it",
+        {"activation_checkpointing": True},
+        None,
+        ["did you mean '--gradient_checkpointing'"],
+    ),
+    (
+        "a prefix that would be written twice",
+        {"family.kind": "prefix", "gradient_checkpointing": True},
+        None,
+        ["gradient_checkpointing", "family.kind prefix", "soft_prompt"],
+    ),
     ("unknown tracker", {"report_to": "wandbb"}, None, ["report_to", "wandbb"]),
     ("no such model", {"model_name_or_path": "./nowhere"}, None, ["./nowhere"]),
     ("no such reference", {"reference": "./nowhere"}, None, ["./nowhere"]),

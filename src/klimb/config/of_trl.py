@@ -8,7 +8,6 @@ OF_TRL = {
     "f_divergence_type": "method",
     "generation_batch_size": "prompts_per_step",
     "gradient_accumulation_steps": "prompts_per_step",
-    "gradient_checkpointing": "max_chunk_tokens",
     "importance_sampling_level": "method",
     "init_kl_coef": "beta",
     "kl_coef": "beta",

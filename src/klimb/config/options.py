@@ -473,6 +473,8 @@ class Config(BaseModel):
     """of everything random"""
     max_chunk_tokens: Count | None = None
     """completion tokens that go through the model together; left out: 512 on a CPU, 4096 on a GPU; less needs less memory"""
+    gradient_checkpointing: bool = False
+    """keep only what goes into each layer and run it again in the backward pass: less memory for long sequences, a third more time"""
     batch_rows: Count = 192
     """completions drawn side by side"""
 
@@ -557,6 +559,11 @@ class Config(BaseModel):
                 f"{', '.join(DESTINATIONS)}; switch the others off ({' or '.join(f'--{name} null' for name in given)})"
             )
         self._samples_elsewhere()
+        if self.gradient_checkpointing and isinstance(self.family, Prefix):
+            raise ValueError(
+                "gradient_checkpointing: got family.kind prefix, whose keys and values lie in a memory that a layer run twice would "
+                "write twice; leave it out, take a smaller max_chunk_tokens, or family.kind soft_prompt"
+            )
         if self.target.kind == "entropy_bonus" and self.beta is None:
             raise ValueError(
                 f"target.kind entropy_bonus: got {given[0]} {getattr(self, given[0]):g}, expected a beta: the bonus is "
