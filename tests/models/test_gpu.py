@@ -1,5 +1,6 @@
 """The same code on a GPU: drawing, scoring, learning and measuring, on tiny models; skipped where there is none."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -54,6 +55,21 @@ def test_chunks_change_no_gradient(build, tokenizer, examples):
         draws.sequence_sums(policy.log_prob(draws)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_layers_that_run_twice_change_no_gradient(build, tokenizer, examples, name):
+    policy, _ = lora(build(name).to("cuda"), tokenizer, r=4)
+    draws = ancestral(policy, examples, 4, generator=seeded(2), max_completion_length=12)
+    gradients = []
+    for saving in (False, True):
+        for tensor in policy.trainable:
+            tensor.grad = None
+        who = replace(policy, gradient_checkpointing=saving)
+        who.log_prob(draws).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert gradients[0].abs().max() > 0.1
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_a_climb(build, tokenizer, examples):

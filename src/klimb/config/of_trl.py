@@ -13,6 +13,7 @@ OF_TRL = {
     "kl_coef": "beta",
     "lam": "gae_lambda",
     "lmbda": "teacher_draws",
+    "load_in_4bit": "dtype",
     "lora_alpha": "family.alpha",
     "lora_r": "family.r",
     "lora_target_modules": "family.target_modules",
