@@ -173,7 +173,7 @@ def load_model(
         )
         model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {name!r} cannot be loaded: {first}; expected a local folder with config.json, tokenizer and "
