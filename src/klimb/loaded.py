@@ -22,7 +22,7 @@ from klimb.config import TAUGHT, Config, Context, Full, Lora, Prefix, Teacher
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
 from klimb.models.families import adapter_kind, full, lora
-from klimb.models.hub import DTYPES, load_model
+from klimb.models.hub import DTYPES, load_model, require_four_bits
 from klimb.models.policy import CausalPolicy, check_head
 from klimb.models.prefix import prefix
 from klimb.models.renumbered import read_numbers, renumber
@@ -86,6 +86,8 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
     """
     check_method(config)
     check_trackers(config.report_to)
+    if config.dtype == "nf4":
+        require_four_bits(options_of(config)["device"])
     judged, judged_test = _judged(config) if config.learn_from == "data" else ([], [])
     if judged:
         train_examples, test_examples = ([row.example for row in rows] for rows in (judged, judged_test))
@@ -108,6 +110,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
     )
     context = _context(config)
     policy, reference = (replace(who, ranks=ranks) for who in _policies(config, policy_folder, context))
+    policy = replace(policy, gradient_checkpointing=config.gradient_checkpointing)
     teacher = _teacher(config, reference, context) if config.target.kind in TAUGHT else None
     if teacher is not None:
         teacher = replace(teacher, ranks=ranks)
@@ -241,7 +244,8 @@ def _named_teacher(name: str, config: Config) -> CausalPolicy:
 def options_of(config: Config) -> dict[str, Any]:
     """How models are loaded."""
     return {
-        "dtype": None if config.dtype is None else DTYPES[config.dtype],
+        "dtype": None if config.dtype is None else DTYPES.get(config.dtype),
+        "nf4": config.dtype == "nf4",
         "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "trust_remote_code": config.trust_remote_code,
     }

@@ -16,6 +16,7 @@ from klimb.config import Config, Full
 from klimb.data import Pool, Target
 from klimb.distil import Lesson
 from klimb.loaded import Loaded, generator_for
+from klimb.models.hub import weights_of
 from klimb.models.policy import CausalPolicy
 from klimb.plan import Plan, draw_pool, plan, scored_again
 from klimb.plan_distil import advice, plan_distil
@@ -214,7 +215,14 @@ def _found(pool: Pool, loaded: Loaded, target: Target, generator: torch.Generato
 def _record(
     found: Plan, price: float, loaded: Loaded, generator: torch.Generator, *, why: str
 ) -> dict[str, Any]:
-    return plan_record(found, price, why=why, target=target_record(loaded.config.target), generator=generator)
+    return plan_record(
+        found,
+        price,
+        why=why,
+        target=target_record(loaded.config.target),
+        weights=weights_of(loaded.reference.model),
+        generator=generator,
+    )
 
 
 def _settle(path: Path, config: Config, beta: float) -> None:

@@ -23,14 +23,24 @@ from klimb.steps import Step
 
 
 def plan_record(
-    found: Plan, beta: float, *, why: str, target: Mapping[str, Any], generator: torch.Generator
+    found: Plan,
+    beta: float,
+    *,
+    why: str,
+    target: Mapping[str, Any],
+    weights: str,
+    generator: torch.Generator,
 ) -> dict[str, Any]:
-    """What plan.json holds; its rewards are the target's own, as `target` says where they are not the plain ones."""
+    """What plan.json holds; its rewards are the target's own, as `target` says where they are not the plain ones; `weights` are the reference's."""
     return {
         "target": target,
         "beta": {"value": beta, "why": why},
         "optimum": _point(found.at(beta, generator=generator)),
-        "reference": {"reward": found.reference_reward.as_dict(), "reward_std": _known(found.reward_std)},
+        "reference": {
+            "reward": found.reference_reward.as_dict(),
+            "reward_std": _known(found.reward_std),
+            "weights": weights,
+        },
         **_rewards({"reference": found.pool}),
         "frontier": [_point(point) for point in found.frontier],
         "best_of_n": [
@@ -102,7 +112,7 @@ def rates(step: Step) -> dict[str, float]:
     return {**found, "trained": step.numbers["tokens"] / step.seconds["update"]}
 
 
-def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str, Any]:
+def measure_record(found: Measurement, *, target: Mapping[str, Any], weights: str) -> dict[str, Any]:
     """What measure.json holds; where its rewards are the target's own, `raw_reward` has the plain ones."""
     c = found.certificate
     estimates = (
@@ -121,7 +131,7 @@ def measure_record(found: Measurement, *, target: Mapping[str, Any]) -> dict[str
         "beta": c.beta,
         **({"raw_reward": _raw_reward(found)} if "means" in target else {}),
         **{name: getattr(c, name).as_dict() for name in estimates},
-        "reference": {"reward": c.reference_reward.as_dict()},
+        "reference": {"reward": c.reference_reward.as_dict(), "weights": weights},
         **_rewards({"policy": found.policy_pool, "reference": found.reference_pool}),
         "optimum": {"reward": c.optimum_reward.as_dict(), "kl": c.optimum_kl.as_dict()},
         "diagnosis": diagnosis_record(found.diagnosis),

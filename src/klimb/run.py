@@ -27,6 +27,7 @@ from klimb.diagnosis import diagnosed
 from klimb.distil import distance
 from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
 from klimb.measure import Measurement, away, measure
+from klimb.models.hub import weights_of
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import mean_estimate
 from klimb.numbers.tilt import draws_needed
@@ -469,7 +470,9 @@ def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> 
         generator=generator_for(config.seed, "measure"),
         progress=watch.progress,
     )
-    record = measure_record(found, target=target_record(config.target))
+    record = measure_record(
+        found, target=target_record(config.target), weights=weights_of(loaded.reference.model)
+    )
     if loaded.judged_test:
         record["comparisons"] = _orders(loaded, beta, watch)
     if path is None:

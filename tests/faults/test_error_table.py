@@ -191,6 +191,38 @@ CASES = [
         None,
         ["num_minibatches 64", "prompts_per_step"],
     ),
+    (
+        "another name of it",
+        {"activation_checkpointing": True},
+        None,
+        ["did you mean '--gradient_checkpointing'"],
+    ),
+    (
+        "a prefix that would be written twice",
+        {"family.kind": "prefix", "gradient_checkpointing": True},
+        None,
+        ["gradient_checkpointing", "family.kind prefix", "soft_prompt"],
+    ),
+    (
+        "4 bits on a CPU",
+        {"dtype": "nf4"},
+        None,
+        ["dtype nf4", "got the device cpu", "expected a GPU with CUDA"],
+    ),
+    *(
+        (
+            f"4 bits and {name}",
+            {"dtype": "nf4", **changes},
+            None,
+            ["dtype nf4 is of frozen weights", f"got {name}"],
+        )
+        for name, changes in {
+            "family.kind full": {"family.kind": "full"},
+            "shard": {"shard": True},
+            "sampler.kind vllm": {"sampler.url": "http://localhost:1"},
+            "method reward_model": {"method": "reward_model"},
+        }.items()
+    ),
     ("unknown tracker", {"report_to": "wandbb"}, None, ["report_to", "wandbb"]),
     ("no such model", {"model_name_or_path": "./nowhere"}, None, ["./nowhere"]),
     ("no such reference", {"reference": "./nowhere"}, None, ["./nowhere"]),

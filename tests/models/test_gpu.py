@@ -133,6 +133,21 @@ def test_draws_in_half_precision_are_the_policys(name, build, tokenizer, example
     assert (draws.log_q - ours).abs().mean() < 0.2 * (draws.log_q - other).abs().mean()
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_layers_that_run_twice_change_no_gradient(build, tokenizer, examples, name):
+    policy, _ = lora(build(name).to("cuda"), tokenizer, r=4)
+    draws = ancestral(policy, examples, 4, generator=seeded(2), max_completion_length=12)
+    gradients = []
+    for saving in (False, True):
+        for tensor in policy.trainable:
+            tensor.grad = None
+        who = replace(policy, gradient_checkpointing=saving)
+        who.log_prob(draws).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert gradients[0].abs().max() > 0.1
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 def test_a_climb(build, tokenizer, examples):
     policy, reference = lora(build("llama_untied", width=0.3).to("cuda"), tokenizer, r=8)
     sampler = partial(ancestral, max_completion_length=8)

@@ -49,14 +49,15 @@ def weighted(draws, policy):
     ]
 
 
-def passed_back(ranks, family, model, tokenizer, draws, folder):
+def passed_back(ranks, family, model, tokenizer, draws, folder, saving):
     """On each rank: gradients of whole layers, computed alone, against those of split ones."""
     plain, _ = family(copy.deepcopy(model), tokenizer, max_chunk_tokens=CHUNK)
     for i, p in enumerate(plain.parameters()):
         with torch.no_grad():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
     policy, reference = family(copy.deepcopy(model), tokenizer, max_chunk_tokens=CHUNK)
-    policy, reference = shard(replace(policy, ranks=ranks), replace(reference, ranks=ranks), ranks)
+    policy = replace(policy, ranks=ranks, gradient_checkpointing=saving)
+    policy, reference = shard(policy, replace(reference, ranks=ranks), ranks)
     with torch.no_grad():
         for p, q in zip(policy.parameters(), plain.parameters(), strict=True):
             p.copy_(parted(q.detach(), p))
@@ -94,8 +95,9 @@ def each(ranks, several):
         passed_back(ranks, *one)
 
 
+@pytest.mark.parametrize("saving", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", [full, lora])
-def test_split_layers_learn_what_whole_ones_do(build, tokenizer, draws, tmp_path, family):
+def test_split_layers_learn_what_whole_ones_do(build, tokenizer, draws, tmp_path, family, saving):
     from safetensors.torch import load_file
 
     names = ("llama_tied", "llama_untied", "qwen2", "gpt2", "gemma2")
@@ -103,7 +105,7 @@ def test_split_layers_learn_what_whole_ones_do(build, tokenizer, draws, tmp_path
     for name in names:
         (tmp_path / name).mkdir()
         model = build(name, dtype=DTYPES.get(name, torch.float64))
-        cases.append((family, model, tokenizer, draws, tmp_path / name))
+        cases.append((family, model, tokenizer, draws, tmp_path / name, saving))
     together(2, each, cases)
     for name in names:
         split, plain = (

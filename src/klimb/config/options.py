@@ -317,8 +317,8 @@ class Config(BaseModel):
     """hub id, local folder with safetensors, or smollm2-135m"""
     model_revision: str = "main"
     """branch, tag or commit of a hub model"""
-    dtype: Literal["bfloat16", "float32", "float64", "float16"] | None = None
-    """of the weights; left out: bfloat16 where the processor has it, else float32"""
+    dtype: Literal["bfloat16", "float32", "float64", "float16", "nf4"] | None = None
+    """of the weights; left out: bfloat16 where the processor has it, else float32; nf4: 4 bits a frozen weight (QLoRA), on a GPU"""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; left out: cuda if there is one"""
     trust_remote_code: bool = False
@@ -473,6 +473,8 @@ class Config(BaseModel):
     """of everything random"""
     max_chunk_tokens: Count | None = None
     """completion tokens that go through the model together; left out: 512 on a CPU (of one prompt 2048), 4096 on a GPU; less needs less memory"""
+    gradient_checkpointing: bool = False
+    """keep only what goes into each layer and run it again in the backward pass: less memory for long sequences, a third more time"""
     batch_rows: Count = 192
     """completions drawn side by side"""
 
@@ -557,6 +559,12 @@ class Config(BaseModel):
                 f"{', '.join(DESTINATIONS)}; switch the others off ({' or '.join(f'--{name} null' for name in given)})"
             )
         self._samples_elsewhere()
+        self._is_frozen()
+        if self.gradient_checkpointing and isinstance(self.family, Prefix):
+            raise ValueError(
+                "gradient_checkpointing: got family.kind prefix, whose keys and values lie in a memory that a layer run twice would "
+                "write twice; leave it out, take a smaller max_chunk_tokens, or family.kind soft_prompt"
+            )
         if self.target.kind == "entropy_bonus" and self.beta is None:
             raise ValueError(
                 f"target.kind entropy_bonus: got {given[0]} {getattr(self, given[0]):g}, expected a beta: the bonus is "
@@ -666,6 +674,21 @@ class Config(BaseModel):
         ):
             raise ValueError(
                 "sampler.steps_ahead: draws ahead go with neither learn_from data, distill nor dynamic_sampling; leave it out"
+            )
+
+    def _is_frozen(self) -> None:
+        """Refuse what moves, splits or serves weights of 4 bits."""
+        refused = {
+            "family.kind full": isinstance(self.family, Full),
+            "method reward_model": self.method == "reward_model",
+            "shard": self.shard,
+            "sampler.kind vllm": isinstance(self.sampler, VllmServer),
+        }
+        got = [name for name, there in refused.items() if there]
+        if self.dtype == "nf4" and got:
+            raise ValueError(
+                f"dtype nf4 is of frozen weights, whole on each GPU, that klimb itself draws from: got {' and '.join(got)}; leave it "
+                "out, or take another dtype"
             )
 
     def _weighs_rewards(self) -> None:

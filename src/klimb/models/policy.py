@@ -20,6 +20,7 @@ from klimb.data import Draws, Example, chunks, select
 from klimb.models.context import in_context
 from klimb.models.hub import eos_ids
 from klimb.models.logprob import Head, token_log_prob
+from klimb.models.recomputed import recomputed
 from klimb.models.room import remembering
 from klimb.models.sharded import whole
 from klimb.models.written_out import is_llama_like, longest_packed, through_layers
@@ -45,6 +46,7 @@ class CausalPolicy:
         context: what this policy sees before every prompt (`klimb.models.context`), or nothing.
         virtual: [n, D] embeddings before every prompt, or None (`klimb.models.soft_prompt`).
         prefix: [n, L, 2, H, W] keys and values of each layer before every prompt, or None (`klimb.models.prefix`).
+        gradient_checkpointing: whether a backward pass runs each layer once more, in place of keeping what it computed.
         ranks: who shares the work of scoring, without gradients, by whole prompts.
         sharded: who holds parts of its layers (`klimb.models.sharded`).
     """
@@ -58,11 +60,17 @@ class CausalPolicy:
     context: str = ""
     virtual: Tensor | None = None
     prefix: Tensor | None = None
+    gradient_checkpointing: bool = False
     ranks: Ranks = ALONE
     sharded: Ranks = ALONE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or eos_ids(self.model, self.tokenizer))
+        if self.gradient_checkpointing and self.prefix is not None:
+            raise ValueError(
+                "gradient_checkpointing: got the family prefix, whose keys and values lie in a memory that a layer run twice "
+                "would write twice; leave it out, take a smaller max_chunk_tokens, or the family soft_prompt"
+            )
 
     @property
     def chunk_tokens(self) -> int:
@@ -181,11 +189,14 @@ class CausalPolicy:
 
     def _hidden(self, draws: Draws) -> Tensor:
         prompts = [self._prompt_ids(example) for example in draws.examples]
-        if self.sharded.world > 1 and torch.is_grad_enabled():
+        learns = torch.is_grad_enabled()
+        if self.sharded.world > 1 and learns:
             return self._hidden_by_rows(draws, prompts)
         longest = max(map(len, prompts)) + int(draws.lengths.max())
         if self.prefix is None and is_llama_like(self.model) and longest <= longest_packed(self.model):
             return self._hidden_packed(draws, prompts)
+        if self.gradient_checkpointing and learns:
+            return self._hidden_by_rows(draws, prompts)
         first, cache, mask = self.read_prompts(draws.examples)
         cache.batch_repeat_interleave(draws.num_draws)
         first, mask = (x.repeat_interleave(draws.num_draws, 0) for x in (first, mask))
@@ -211,7 +222,7 @@ class CausalPolicy:
         return hidden[kept]
 
     def _hidden_by_rows(self, draws: Draws, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The same in one call of the model, the prompt read again in every row: each layer is gathered once for it."""
+        """The same in one call of the model, the prompt read again in every row: each layer is run once, and keeps no memory."""
         rows = [
             (torch.tensor(prompt), ids)
             for prompt, group in zip(prompts, draws.completions, strict=True)
@@ -226,11 +237,12 @@ class CausalPolicy:
             ids[i, : len(read)], mask[i, : len(read)] = read, 1
             predicts[i, len(prompt) - 1 : len(prompt) - 1 + len(completion)] = True
         # no attention mask: what stands on the right of a row is hidden from it anyway
-        states = self.body(
-            **self._embedded(ids.to(self.device), mask.to(self.device)),
-            position_ids=torch.arange(width, device=self.device).expand(len(rows), -1),
-            use_cache=False,
-        ).last_hidden_state
+        with recomputed(self.body, self.activate) if self.gradient_checkpointing else nullcontext():
+            states = self.body(
+                **self._embedded(ids.to(self.device), mask.to(self.device)),
+                position_ids=torch.arange(width, device=self.device).expand(len(rows), -1),
+                use_cache=False,
+            ).last_hidden_state
         return states[predicts.to(self.device)]
 
     def _hidden_packed(self, draws: Draws, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -244,7 +256,12 @@ class CausalPolicy:
             embedded = embedded.index_copy(0, place, self.virtual.repeat(len(prompts), 1).to(embedded.dtype))
         lengths = [[len(r) for r in group] for group in rows]
         states = through_layers(
-            self.model, embedded, position.to(self.device), [len(p) for p in prompts], lengths
+            self.model,
+            embedded,
+            position.to(self.device),
+            [len(p) for p in prompts],
+            lengths,
+            recompute=self.gradient_checkpointing,
         )
         return self.body.norm(states[predicts.to(self.device)])
 

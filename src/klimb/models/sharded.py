@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from klimb.models.products import forget_laid_out
+from klimb.models.recomputed import layers_of
 from klimb.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _split(model: Any, ranks: Ranks) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     body = model.get_decoder()
-    layers = max((m for m in body.children() if isinstance(m, nn.ModuleList)), key=len)
+    layers = layers_of(body)
     mesh = init_device_mesh(model.device.type, (ranks.world,))
     half = model.dtype in (torch.bfloat16, torch.float16)
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)

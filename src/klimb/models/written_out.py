@@ -3,7 +3,8 @@
 N packed tokens (`klimb.models.shared_attention`), D wide. What transformers does layer by layer for a padded batch, reading prompts
 first and completions after them, is done here in one go: each prompt once, no padding outside of attention, adapters of layers
 side by side as one. The backward pass is written out too: what is cheap to form again (norms, the activation, the
-weights of attention) is not kept, and below the lowest layer with anything trained nothing is kept at all.
+weights of attention) is not kept, and below the lowest layer with anything trained nothing is kept at all. Asked to, a layer
+keeps only what went into it, and is run once more before it is gone back through (`klimb.models.recomputed`).
 
 Same numbers as the model's own forward pass up to rounding.
 """
@@ -111,6 +112,8 @@ def through_layers(
     position: Tensor,
     prompts: Sequence[int],
     rows: Sequence[Sequence[int]],
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """[N, D] embedded tokens -> [N, D] the states after the last layer, before the last norm.
 
@@ -120,6 +123,7 @@ def through_layers(
         position: [N] of each token in its sequence.
         prompts: [P] tokens of each prompt.
         rows: [P][G] tokens of each completion that are read (all but its last).
+        recompute: keep only what goes into each layer.
 
     Returns:
         The states; differentiable once in `embedded` and in all weights of the layers.
@@ -134,7 +138,7 @@ def through_layers(
     layers = [written_out(layer) for layer in body.layers]
     trained = [x for layer in layers for x in layer.trained()]
     if torch.is_grad_enabled() and (trained or embedded.requires_grad):
-        return _Layers.apply(embedded, layers, place, *trained)
+        return _Layers.apply(embedded, layers, place, recompute, *trained)
     for layer in layers:
         embedded = _forward(layer, embedded, place)[0]
     return embedded
@@ -142,13 +146,16 @@ def through_layers(
 
 class _Layers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, layers: Sequence[Layer], place: Place, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, layers: Sequence[Layer], place: Place, recompute: bool, *trained: Tensor
+    ) -> Tensor:
         lowest = 0 if x.requires_grad else next(i for i, layer in enumerate(layers) if layer.trained())
         kept = []
         for i, layer in enumerate(layers):
-            x, seen = _forward(layer, x, place)
+            y, seen = _forward(layer, x, place)
             if i >= lowest:
-                kept.append((layer, seen))
+                kept.append((layer, x if recompute else seen))
+            x = y
         ctx.kept, ctx.place, ctx.trained = kept, place, [id(tensor) for tensor in trained]
         return x
 
@@ -163,8 +170,10 @@ class _Layers(torch.autograd.Function):
         wants_x = ctx.needs_input_grad[0]
         while ctx.kept:
             layer, seen = ctx.kept.pop()  # what is behind us is memory again
+            if not isinstance(seen, _Seen):
+                seen = _forward(layer, seen, ctx.place)[1]
             g = _backward(layer, seen, g, ctx.place, found, wants_x=wants_x or bool(ctx.kept))
-        return g if wants_x else None, None, None, *(found[name] for name in ctx.trained)
+        return g if wants_x else None, None, None, None, *(found[name] for name in ctx.trained)
 
 
 @dataclass(frozen=True)
