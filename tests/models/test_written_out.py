@@ -109,9 +109,7 @@ def test_a_second_backward_pass_is_refused(build, tokenizer, examples, made_up):
         found.backward()
 
 
-def test_long_sequences_and_other_models_take_the_other_road(
-    build, tokenizer, examples, made_up, monkeypatch
-):
+def test_other_models_take_the_other_road(build, tokenizer, examples, made_up, monkeypatch):
     def refuse(*args):
         raise AssertionError("the written-out road was taken")
 
@@ -120,8 +118,6 @@ def test_long_sequences_and_other_models_take_the_other_road(
     with pytest.raises(AssertionError):
         CausalPolicy(build("llama_tied"), tokenizer).log_prob(draws)
     CausalPolicy(build("gpt2"), tokenizer).log_prob(draws)
-    monkeypatch.setattr(written_out, "LONGEST", 40)
-    CausalPolicy(build("llama_tied"), tokenizer).log_prob(draws)
 
 
 def plain_attention(query, key, value, prompts, rows, scale):
@@ -170,7 +166,9 @@ def attention_apart(road, layout, prompts, rows):
 
 
 @LAYOUTS
-def test_attention_and_its_backward_pass(prompts, rows):
+@pytest.mark.parametrize("steps", [256, 2])
+def test_attention_and_its_backward_pass(prompts, rows, steps, monkeypatch):
+    monkeypatch.setattr(shared_attention, "STEPS", steps)
     layout = shared_attention.laid_out(prompts, rows)
     assert max(attention_apart(shared_attention, layout, prompts, rows)) < 1e-12
     if layout.own is None:

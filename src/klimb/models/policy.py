@@ -23,7 +23,7 @@ from klimb.models.logprob import Head, token_log_prob
 from klimb.models.recomputed import recomputed
 from klimb.models.room import remembering
 from klimb.models.sharded import whole
-from klimb.models.written_out import is_llama_like, longest_packed, through_layers
+from klimb.models.written_out import is_llama_like, through_layers
 from klimb.ranks import ALONE, Ranks
 
 CHUNK_TOKENS = {"cuda": 4096}
@@ -192,8 +192,7 @@ class CausalPolicy:
         learns = torch.is_grad_enabled()
         if self.sharded.world > 1 and learns:
             return self._hidden_by_rows(draws, prompts)
-        longest = max(map(len, prompts)) + int(draws.lengths.max())
-        if self.prefix is None and is_llama_like(self.model) and longest <= longest_packed(self.model):
+        if self.prefix is None and is_llama_like(self.model):
             return self._hidden_packed(draws, prompts)
         if self.gradient_checkpointing and learns:
             return self._hidden_by_rows(draws, prompts)

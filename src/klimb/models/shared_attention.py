@@ -6,16 +6,20 @@ softmax runs over both, prompt and own tokens, as one:
 
     out_t = sum_s exp(q_t . k_s * scale - log_sum_t) v_s,    s over the prompt's tokens, then over the completion's up to t
 
-The backward pass forms the weights once more from `log_sum`, so that nothing of the size of the weights is kept.
+A window of steps at a time, so that memory grows with the tokens and not with their pairs. The backward pass forms the weights once
+more from `log_sum`, so that nothing of their size is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+STEPS = 256
+"""queries of a row that are looked at together: their weights stay small, and what comes after them all is left out"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Block:
         index: [P, G, T] where each place's token lies among the packed ones; any at all where there is none.
         here: [P, G, T] whether there is a token, or None if there is one everywhere.
         places: [n] the places of the grid that hold a token, in the order in which they are packed; None if all do.
-        causal: [T, T] 0 where a token (row) sees another (column) of its own row, else -inf.
+        causal: [n, n] 0 where a step of a window (row) sees another (column) of its own row, else -inf.
         unseen: [P, 1, 1, 1, L] 0 for the prompt's tokens, -inf for its padding; None if there is none.
     """
 
@@ -85,7 +89,8 @@ def _block(rows: Sequence[Sequence[int]], start: int, device: torch.device | str
     first = start + (lengths.flatten().cumsum(0) - lengths.flatten()).reshape(lengths.shape)
     index = torch.where(here, first[..., None] + step, start)
     whole = bool(here.all())
-    causal = torch.zeros(width, width).masked_fill(step[:, None] < step, -torch.inf)
+    near = step[:STEPS]
+    causal = torch.zeros(len(near), len(near)).masked_fill(near[:, None] < near, -torch.inf)
     places = None if whole else here.flatten().nonzero()[:, 0].to(device)
     return Block(index.to(device), None if whole else here.to(device), places, causal.to(device), None)
 
@@ -128,20 +133,36 @@ def attend(
     for block in layout.blocks:
         q = _asked(query, block, key.shape[1], wide)
         k, v = (_said(x, block, wide) for x in (key, value))
-        weights = _scores(q, k, block, scale)
-        largest = weights.amax(-1, keepdim=True)
-        before = _scores_of_prompt(q, seen[0].key, block, scale) if seen else None
-        if before is not None:
-            largest = torch.maximum(largest, before.amax(-1, keepdim=True))
-        weights = weights.sub_(largest).exp_()
-        total, out = weights.sum(-1, keepdim=True), weights @ v
-        if before is not None:
-            before = before.sub_(largest).exp_()
-            total += before.sum(-1, keepdim=True)
-            out += (before.flatten(2, 3) @ seen[0].value[:, :, 0]).view_as(out)
-        outs.append(_packed(out.div_(total).to(query.dtype), block))
-        seen.append(Seen(q, k, v, total.log_().add_(largest)))
+        parts = [_attend(q, k, v, seen, block, window, scale) for window in _windows(block)]
+        out, log_sum = (x[0] if len(x) == 1 else torch.cat(x, 3) for x in zip(*parts, strict=True))
+        outs.append(_packed(out.to(query.dtype), block))
+        seen.append(Seen(q, k, v, log_sum))
     return torch.cat(outs), seen
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: Sequence[Seen],
+    block: Block,
+    steps: slice,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention [P, K, G, n * H/K, w] of a window of n steps, and the log of the sum of the weights."""
+    q, value = query[..., _asked_at(steps, query, key), :], value[..., : steps.stop, :]
+    weights = _scores(q, key, block, steps, scale)
+    largest = weights.amax(-1, keepdim=True)
+    before = _scores_of_prompt(q, prompt[0].key, block, scale) if prompt else None
+    if before is not None:
+        largest = torch.maximum(largest, before.amax(-1, keepdim=True))
+    weights = weights.sub_(largest).exp_()
+    total, out = weights.sum(-1, keepdim=True), weights @ value
+    if before is not None:
+        before = before.sub_(largest).exp_()
+        total += before.sum(-1, keepdim=True)
+        out += (before.flatten(2, 3) @ prompt[0].value[:, :, 0]).view_as(out)
+    return out.div_(total), total.log_().add_(largest)
 
 
 def attend_backward(
@@ -167,19 +188,26 @@ def attend_backward(
         if block.here is not None:  # what stands in a place without a token must not reach the keys
             there = block.here.repeat_interleave(out.shape[1] // heads, 2)[:, None, ..., None]
             g, level = g * there, level * there
-        weights = _scores(own.query, own.key, block, scale).sub_(own.log_sum).exp_()
-        to_values.append(weights.transpose(-2, -1) @ g)
-        inner = (g @ own.value.transpose(-2, -1)).sub_(level).mul_(weights).mul_(scale)
-        to_query = inner @ own.key
-        to_keys.append(inner.transpose(-2, -1) @ own.query)
-        if own is not prompt:
-            key, value = prompt.key[:, :, 0], prompt.value[:, :, 0]
-            weights = _scores_of_prompt(own.query, prompt.key, block, scale).sub_(own.log_sum).exp_()
-            g, weights, level, query = (x.flatten(2, 3) for x in (g, weights, level, own.query))
-            inner = (g @ value.transpose(-2, -1)).sub_(level).mul_(weights).mul_(scale)
-            to_query += (inner @ key).view_as(to_query)
-            to_keys[0][:, :, 0] += inner.transpose(-2, -1) @ query
-            to_values[0][:, :, 0] += weights.transpose(-2, -1) @ g
+        to_query, to_key, to_value = (torch.zeros_like(x) for x in (own.query, own.key, own.value))
+        to_keys.append(to_key)
+        to_values.append(to_value)
+        for steps in _windows(block):
+            here, said = _asked_at(steps, own.query, own.key), slice(steps.stop)
+            asked, log_sum, up, at = (x[..., here, :] for x in (own.query, own.log_sum, g, level))
+            weights = _scores(asked, own.key, block, steps, scale).sub_(log_sum).exp_()
+            to_value[..., said, :] += weights.transpose(-2, -1) @ up
+            inner = (up @ own.value[..., said, :].transpose(-2, -1)).sub_(at).mul_(weights).mul_(scale)
+            part = inner @ own.key[..., said, :]
+            to_key[..., said, :] += inner.transpose(-2, -1) @ asked
+            if own is not prompt:
+                key, value = prompt.key[:, :, 0], prompt.value[:, :, 0]
+                weights = _scores_of_prompt(asked, prompt.key, block, scale).sub_(log_sum).exp_()
+                up, weights, at, asked = (x.flatten(2, 3) for x in (up, weights, at, asked))
+                inner = (up @ value.transpose(-2, -1)).sub_(at).mul_(weights).mul_(scale)
+                part += (inner @ key).view_as(part)
+                to_keys[0][:, :, 0] += inner.transpose(-2, -1) @ asked
+                to_values[0][:, :, 0] += weights.transpose(-2, -1) @ up
+            to_query[..., here, :] = part
         to_queries.append(to_query)
     query, key, value = (
         torch.cat([_packed(x.to(dtype), block) for x, block in zip(found, layout.blocks, strict=True)])
@@ -205,10 +233,24 @@ def _packed(x: Tensor, block: Block) -> Tensor:
     return grid if block.places is None else grid[block.places]
 
 
-def _scores(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
-    """[P, K, G, T * H/K, T] over the row's own tokens."""
-    score = torch.matmul(query, key.transpose(-2, -1)).mul_(scale)
-    score.unflatten(3, (key.shape[-2], -1)).add_(block.causal[:, None])
+def _windows(block: Block) -> Iterator[slice]:
+    """Steps whose queries are looked at together."""
+    width = block.index.shape[2]
+    for start in range(0, width, STEPS):
+        yield slice(start, min(start + STEPS, width))
+
+
+def _asked_at(steps: slice, query: Tensor, key: Tensor) -> slice:
+    """Where the queries of these steps lie."""
+    groups = query.shape[3] // key.shape[3]
+    return slice(steps.start * groups, steps.stop * groups)
+
+
+def _scores(query: Tensor, key: Tensor, block: Block, steps: slice, scale: float) -> Tensor:
+    """[P, K, G, n * H/K, m] of the queries of a window of n steps over the row's own tokens up to its end, the m-th."""
+    score = torch.matmul(query, key[..., : steps.stop, :].transpose(-2, -1)).mul_(scale)
+    n = steps.stop - steps.start
+    score.unflatten(3, (n, -1))[..., steps.start :].add_(block.causal[:n, None, :n])
     return score
 
 

@@ -25,8 +25,6 @@ from klimb.models.low_rank import base_of
 from klimb.models.products import Gradients, Product, side_by_side
 
 KINDS = {"llama", "mistral", "qwen2"}
-LONGEST = 2048
-"""tokens of a sequence above which attention's weights, where they are formed, would take more memory than the layers themselves"""
 
 
 def is_llama_like(model: Any) -> bool:
@@ -98,12 +96,6 @@ def attention_of(model: Any, dtype: torch.dtype) -> ModuleType:
     width = model.get_decoder().layers[0].self_attn.head_dim
     fused = fused_attention.is_fused(model.device, dtype, width)
     return fused_attention if fused else shared_attention
-
-
-def longest_packed(model: Any) -> int:
-    """Tokens of a sequence that `through_layers` has the memory for."""
-    fused = attention_of(model, model.dtype) is fused_attention
-    return model.config.get_text_config().max_position_embeddings if fused else LONGEST
 
 
 def through_layers(
