@@ -20,7 +20,7 @@ from klimb.models.hub import weights_of
 from klimb.models.policy import CausalPolicy
 from klimb.plan import Plan, plan
 from klimb.plan_distil import advice, plan_distil
-from klimb.pool import draw_pool, scored_again
+from klimb.pool import draw_block, draw_pool, scored_again, seed_of
 from klimb.records import apart_record, plan_record
 from klimb.rewards.unscored import Unscored
 from klimb.target import own_reward
@@ -147,6 +147,20 @@ def _write(
 def _keep(own: Path, pool: Pool, loaded: Loaded, *, unscored: bool = False) -> None:
     store.write_pool(own, pool, verb="plan", hashes=loaded.hashes, unscored=unscored)
     store.remove_parts(own)
+
+
+def plan_block(loaded: Loaded, block: range, *, unscored: list[str]) -> Pool:
+    """One block of a plan's pool by itself, as `planned` draws it among the others."""
+    return draw_block(
+        loaded.train_examples,
+        block,
+        policy=loaded.reference,
+        reward=loaded.reward,
+        sampler=loaded.sampler,
+        num_draws=loaded.config.num_plan_draws,
+        seed=seed_of(generator_for(loaded.config.seed, "plan")),
+        unscored=unscored,
+    )
 
 
 def plan_parts(loaded: Loaded, path: Path) -> store.StoredParts:

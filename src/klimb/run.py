@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -383,6 +383,19 @@ def _held_run(
             assert outcome.beta is not None
             outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, told))
     return replace(outcome, report=report(path, watch=watch)) if ranks.first else outcome
+
+
+@contextmanager
+def begun(config: Config, *, resume: bool) -> Generator[Loaded]:
+    """Within this context the run is there and held, and what its configuration names is loaded; for who draws it in another way."""
+    path = Path(config.output_dir)
+    with ExitStack() as until_done:
+        if not resume:
+            store.check_free(path)
+        loaded = prepare(config)
+        _hold(path, until_done, UNWATCHED)
+        _began(loaded, path, resume)
+        yield loaded
 
 
 def _hold(path: Path, until_done: ExitStack, watch: Watch) -> None:
