@@ -126,12 +126,9 @@ def draw_pool(
                 stack.enter_context(whole(who))
         left = [block for block in every if block not in kept]
         for turn in (left[i : i + ranks.world] for i in range(0, len(left), ranks.world)):
-            if (
-                parts is None and len(turn) < ranks.world
-            ):  # too few for all: nobody waits, they share each block
-                found = [
-                    (block, draw(block, policy=policy, reward=reward, under=under), None) for block in turn
-                ]
+            if parts is None and len(turn) < ranks.world:  # so that nobody waits: all share each block
+                shared = partial(draw, policy=policy, reward=reward, under=under)
+                found = [(block, shared(block), None) for block in turn]
             else:
                 found = ranks.gather(partial(_turn, turn, ranks.rank, draw, mine, unscored, parts))
             for block, pool, said in filter(None, found):

@@ -474,12 +474,18 @@ def _measured(
         )
     if config.dataset_test_split is None:
         watch.event("warning", "measured on the training prompts: dataset_test_split is null")
-    if loaded.teacher is not None:
-        record = _measured_distance(loaded, loaded.teacher, path, watch)
-    elif not config.reward_funcs:
-        record = _measured_without_reward(loaded, beta, path, watch, parts)
-    else:
-        record = _certified(loaded, beta, path, watch, parts)
+    try:
+        if loaded.teacher is not None:
+            record = _measured_distance(loaded, loaded.teacher, path, watch)
+        elif not config.reward_funcs:
+            record = _measured_without_reward(loaded, beta, path, watch, parts)
+        else:
+            record = _certified(loaded, beta, path, watch, parts)
+    except ValueError:
+        for some in parts.values():
+            if loaded.ranks.first and not some.done():
+                store.remove_parts(some.path)
+        raise
     watch.event("measure", record)
     return record
 

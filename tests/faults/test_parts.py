@@ -8,6 +8,8 @@ import random
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -391,7 +393,38 @@ def test_a_measurement_of_another_policy_is_refused(klimb, measured, tmp_path):
     assert "another policy" in " ".join(klimb("measure", run, "-q")[2].split())
 
 
+def test_a_mistake_at_once_leaves_no_trace_of_a_measurement(klimb, measured, tmp_path):
+    run = Path(shutil.copytree(measured[1], tmp_path / "run"))
+    reward = tmp_path / "mistaken.py"
+    reward.write_text("def good(completions, **columns):\n    raise KeyError('at once')\n")
+    before = files(run)
+    status, _, err = klimb("measure", run, "-q", "--reward_funcs", f"{reward}:good")
+    assert (status, "at once" in err) == (2, True)
+    assert files(run) == before
+
+
 # Several ranks.
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_drawing_starts_again_by_itself(slow, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "ROWS_AT_ONCE", 192)  # as it is in processes that are started
+    settings = {**slow, "num_plan_draws": 96}
+    plan_one = {**settings, "output_dir": str(tmp_path / "one")}
+    edge.run_plan(config_of(plan_one))
+    run, file = tmp_path / "run", tmp_path / "run.yaml"
+    write_yaml(file, {**settings, "output_dir": str(run)})
+    command = [sys.executable, "-m", "klimb", "plan", "-q", "-c", str(file), "--nproc", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(parts_of(run)) < 3:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(workers[1], signal.SIGKILL)
+    assert len(parts_of(run)) < 8
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert content(run, "plan") == content(tmp_path / "one", "plan")
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 3), (2, 3)])
