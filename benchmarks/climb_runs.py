@@ -20,8 +20,8 @@ from klimb.measure import certify
 from klimb.models.families import last_layers, lora, save_policy
 from klimb.models.hub import load_model
 from klimb.models.master import write_out
-from klimb.plan import draw_pool
 from klimb.planning import planned
+from klimb.pool import draw_pool
 from klimb.rewards.load import load_reward
 from klimb.samplers.ancestral import ancestral
 from klimb.target import tilt

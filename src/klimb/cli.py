@@ -59,7 +59,8 @@ Policy = Annotated[Path | None, typer.Option(help="Folder of a trained policy; l
     "plan",
     context_settings=FREE,
     epilog=HINT,
-    help="Predict the best policy for every beta, from draws of the reference.",
+    help="Predict the best policy for every beta, from draws of the reference. They are kept as they come: "
+    "--resume RUN goes on with a plan that was killed, and draws nothing twice.",
 )
 def plan_train_climb_(
     ctx: typer.Context,
@@ -143,7 +144,7 @@ def measure_(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Certify how far a policy is from the best (or audit a reward model): klimb measure RUN, or -c FILE --policy FOLDER."""
+    """Certify how far a policy is from the best (or audit a reward model): klimb measure RUN, or -c FILE --policy FOLDER. Killed, it goes on when typed again."""
     path, settings = _run_or_config(ctx.args, config)
     if dry_run:
         return _print_config(settings)

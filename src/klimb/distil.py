@@ -21,7 +21,7 @@ from klimb.data import Draws, Example, Sampler, chunks, select
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate, ratio_estimate
 from klimb.objectives.token_divergence import token_divergence, what_follows
-from klimb.plan import Progress, prompts_at_once, silent
+from klimb.pool import Progress, prompts_at_once, silent
 from klimb.steps import Step, TrainState
 
 ROWS = 256

@@ -30,6 +30,7 @@ from klimb.models.sharded import shard
 from klimb.models.soft_prompt import soft_prompt
 from klimb.models.trained import load_trained
 from klimb.nearest import nearest_file
+from klimb.pool import prompts_at_once
 from klimb.ranks import ALONE, Ranks
 from klimb.rewards.cache import reward_cache
 from klimb.rewards.load import check_columns, load_reward, no_reward, source_hash, weighted_sum
@@ -147,7 +148,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
                 "shard: got a target that is a policy, whose layers are not split; leave out shard"
             )
         policy, reference = shard(policy, reference, ranks)
-    spread: Any = partial(shared, sampler=sampler, ranks=ranks)
+    spread: Any = partial(shared, sampler=sampler)
     return Loaded(
         config=config,
         policy=policy,
@@ -348,6 +349,17 @@ def generator_for(seed: int, purpose: str) -> torch.Generator:
         False
     """
     return torch.Generator().manual_seed(int(_sha256(f"{seed} {purpose}")[:15], 16))
+
+
+def depends(loaded: Loaded, examples: Sequence[Example], num_draws: int) -> dict[str, str]:
+    """All that draws of these prompts depend on, by name: hashes, seed, how many of which prompts, and how many prompts go together."""
+    return {
+        **loaded.hashes,
+        "seed": str(loaded.config.seed),
+        "prompts": _sha256(" ".join(example.id for example in examples)),
+        "draws a prompt": str(num_draws),
+        "prompts a part": str(prompts_at_once(num_draws)),
+    }
 
 
 def reward_hashes(loaded: Loaded) -> dict[str, str]:

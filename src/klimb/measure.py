@@ -7,11 +7,11 @@ they do not see what the policy has dropped. So it is taken from policy and refe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from klimb.data import Example, Policy, Pool, Sampler, Target, select
+from klimb.data import Example, Policy, Pool, Sampler, Target
 from klimb.numbers.certificate import Certificate, certificate
 from klimb.numbers.diagnose import Diagnosis, diagnose
 from klimb.numbers.estimate import Estimate
@@ -24,7 +24,7 @@ from klimb.numbers.evidence import (
     joined,
 )
 from klimb.numbers.frontier import default_betas, frontier
-from klimb.plan import Progress, draw_pool, prompts_at_once, silent
+from klimb.pool import Parts, Progress, draw_pool, scored_under, silent
 from klimb.target import ChiSquaredTarget, StandardizedTarget, own_reward
 
 
@@ -57,6 +57,8 @@ def measure(
     generator: torch.Generator,
     reference_pool: Pool | None = None,
     progress: Progress = silent,
+    policy_parts: Parts | None = None,
+    reference_parts: Parts | None = None,
 ) -> Measurement:
     """Draw from policy and reference, score each draw under both, certify the policy, and say what to do next.
 
@@ -69,6 +71,8 @@ def measure(
         generator: of draws and of bootstrap resamples.
         reference_pool: reference draws of these prompts already made.
         progress: told how far it is.
+        policy_parts: finished draws of the policy, which are not drawn again, and where further ones are put as they come.
+        reference_parts: the same of the reference.
     """
     found, policy_pool, reference_pool = certify(
         examples,
@@ -79,6 +83,8 @@ def measure(
         generator=generator,
         reference_pool=reference_pool,
         progress=progress,
+        policy_parts=policy_parts,
+        reference_parts=reference_parts,
     )
     evidence = evidence_of_pools(target, policy_pool, reference_pool, generator=generator)
     evidence = as_written(evidence, published(found))
@@ -139,6 +145,8 @@ def certify(
     generator: torch.Generator,
     reference_pool: Pool | None = None,
     progress: Progress = silent,
+    policy_parts: Parts | None = None,
+    reference_parts: Parts | None = None,
 ) -> tuple[Certificate, Pool, Pool]:
     """The certificate alone, and the draws of policy and reference that it rests on. Arguments and errors as `measure`."""
     if isinstance(target, StandardizedTarget | ChiSquaredTarget):
@@ -146,6 +154,7 @@ def certify(
             f"measure: got a {type(target).__name__}, whose law is fixed by the draws at hand, and those of policy and reference "
             "differ; expected a target with one reward for all draws, such as a tilt (of r / sd, or at beta sd)"
         )
+    both = (policy, target.reference)
     if reference_pool is None:
         reference_pool = draw_pool(
             examples,
@@ -154,13 +163,23 @@ def certify(
             sampler,
             num_draws=num_draws,
             generator=generator,
+            under=both,
             progress=progress,
             what="draw from the reference",
+            parts=reference_parts,
         )
+    else:
+        reference_pool = scored_under(reference_pool, *both, progress=progress, what="score reference draws")
     policy_pool = away(
-        examples, policy, target, sampler, num_draws=num_draws, generator=generator, progress=progress
+        examples,
+        policy,
+        target,
+        sampler,
+        num_draws=num_draws,
+        generator=generator,
+        progress=progress,
+        parts=policy_parts,
     )
-    reference_pool = _scored(reference_pool, policy, target.reference, progress=progress, whose="reference")
     assert policy_pool.log_pi is not None
     assert reference_pool.log_pi is not None
     found = certificate(
@@ -185,50 +204,21 @@ def away(
     num_draws: int,
     generator: torch.Generator,
     progress: Progress = silent,
+    parts: Parts | None = None,
 ) -> Pool:
     """Draws of the policy with their log-probabilities under both: what its distance from the reference is read from.
 
-    Arguments as `measure`.
+    Arguments as `measure`; `parts` are those of the policy.
     """
-    pool = draw_pool(
+    return draw_pool(
         examples,
         policy,
         target.reward,
         sampler,
         num_draws=num_draws,
         generator=generator,
+        under=(policy, target.reference),
         progress=progress,
         what="draw from the policy",
+        parts=parts,
     )
-    return _scored(pool, policy, target.reference, progress=progress, whose="policy")
-
-
-def _scored(pool: Pool, policy: Policy, reference: Policy, *, progress: Progress, whose: str) -> Pool:
-    """The pool with its log-probabilities under policy and reference, both read in the same way.
-
-    Not the sampler's own log_q: in bfloat16 the two ways round differently, by more than a tenth of a nat a completion,
-    and a difference of one number of each kind would count that as KL.
-    """
-    what = f"score {whose} draws under"
-    log_pi = score_tokens(policy, pool, progress=progress, what=f"{what} the policy")
-    log_ref = score_tokens(reference, pool, progress=progress, what=f"{what} the reference")
-    return replace(
-        pool,
-        log_pi=pool.draws.sequence_sums(log_pi),
-        log_ref=pool.draws.sequence_sums(log_ref),
-        token_log_pi=log_pi,
-        token_log_ref=log_ref,
-    )
-
-
-@torch.no_grad()
-def score_tokens(
-    policy: Policy, pool: Pool, *, progress: Progress = silent, what: str = "score"
-) -> torch.Tensor:
-    """[N] log-probability of every token of the pool under `policy`, nats."""
-    parts, size, at_once = [], pool.draws.num_prompts, prompts_at_once(pool.draws.num_draws, policy)
-    for start in range(0, size, at_once):
-        stop = min(start + at_once, size)
-        parts.append(policy.log_prob(select(pool.draws, range(start, stop))))
-        progress(what, stop * pool.draws.num_draws, size * pool.draws.num_draws)
-    return torch.cat(parts)

@@ -11,11 +11,10 @@ import torch
 
 from klimb.comparisons import Judged
 from klimb.data import Draws, Pool
-from klimb.measure import score_tokens
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.ordering import ordering
-from klimb.plan import Progress, silent
+from klimb.pool import Progress, score_tokens, silent
 
 
 def judged_draws(judged: Sequence[Judged], policy: CausalPolicy, *, max_completion_length: int) -> Draws:

@@ -6,41 +6,20 @@ reference, so one pool gives the whole frontier of reward against KL, and with i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from klimb.data import Draws, Example, Policy, Pool, Reward, Sampler, stack_pools
+from klimb.data import Example, Pool, Reward, Sampler
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.best_of_n import BestOfNPoint, best_of_n
 from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint, default_betas, frontier
 from klimb.numbers.tilt import solve_beta, tilted_kl, tilted_mean
-from klimb.ranks import ALONE
-from klimb.rewards.load import Rewards, check_informative, score
+from klimb.pool import Progress, draw_pool, silent
+from klimb.rewards.load import check_informative
 from klimb.target import Tilt, tilt
-
-Progress = Callable[[str, int, int], None]
-"""called with what is being done, how much of it is done, and how much there is"""
-
-
-ROWS_AT_ONCE = 192
-"""completions between two words about progress; enough for the matrix products to be large"""
-
-
-def prompts_at_once(num_draws: int, policy: object = None) -> int:
-    """How many prompts go together so that about ROWS_AT_ONCE completions do, on each of the ranks that share the policy's work.
-
-    Example:
-        >>> prompts_at_once(40), prompts_at_once(1000)
-        (4, 1)
-    """
-    return max(1, ROWS_AT_ONCE // num_draws) * getattr(policy, "ranks", ALONE).world
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,70 +84,6 @@ class Plan:
             }
             for p, example in enumerate(self.pool.draws.examples)
         ]
-
-
-def draw_pool(
-    examples: Sequence[Example],
-    policy: Policy,
-    reward: Reward,
-    sampler: Sampler,
-    *,
-    num_draws: int,
-    generator: torch.Generator,
-    progress: Progress = silent,
-    what: str = "draw",
-    unscored: list[str] | None = None,
-) -> Pool:
-    """Draw from `policy` and score with `reward`, a few prompts at a time; nothing is drawn while a few wait to be scored.
-
-    `log_ref` of the pool is the law of the draw, so `policy` is taken to be the reference. Where `unscored` is given and a reward of
-    another process fails, the rest is drawn without asking it, and it is asked once more at the end; rows that it then still has
-    no number for are NaN, and why is put there.
-    """
-    parts, total, at_once = [], len(examples) * num_draws, prompts_at_once(num_draws, policy)
-    progress(what, 0, total)
-    for start in range(0, len(examples), at_once):
-        draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)
-        if not draws.own_law or draws.log_q is None:
-            raise ValueError(
-                "the sampler draws from another law than the policy's own (temperature, top-p, best of n); planning "
-                "and measuring need the policy's own draws"
-            )
-        if unscored:
-            unknown = torch.full_like(draws.log_q, torch.nan)
-            rewards = Rewards(unknown, dict.fromkeys(parts[0].parts, unknown))
-        else:
-            rewards = score(reward, draws, unscored=unscored)
-        parts.append(Pool(draws, rewards.total, draws.log_q, rewards.parts, token_log_ref=draws.packed_log_q))
-        progress(what, min(start + at_once, len(examples)) * num_draws, total)
-    pool = stack_pools(parts)
-    if unscored:
-        pool, said = scored_again(pool, reward)
-        unscored[:] = [] if said is None else [said]
-    return pool
-
-
-def scored_again(pool: Pool, reward: Reward) -> tuple[Pool, str | None]:
-    """The pool with those of its draws scored that have no reward (NaN), and why some still have none."""
-    assert pool.draws.texts is not None
-    rows = pool.reward.isnan().nonzero().tolist()
-    if not rows:
-        return pool, None
-    missing = Draws(
-        examples=[pool.draws.examples[p] for p, _ in rows],
-        completions=[[pool.draws.completions[p][g]] for p, g in rows],
-        finished=torch.stack([pool.draws.finished[p, g] for p, g in rows])[:, None],
-        texts=[[pool.draws.texts[p][g]] for p, g in rows],
-    )
-    said: list[str] = []
-    found = score(reward, missing, unscored=said)
-    index = tuple(torch.tensor(rows).T)
-    total = pool.reward.index_put(index, found.total[:, 0])
-    parts = {
-        name: pool.parts.get(name, torch.full_like(total, torch.nan)).index_put(index, part[:, 0])
-        for name, part in found.parts.items()
-    }
-    return replace(pool, reward=total, parts=parts), said[0] if said else None
 
 
 def plan(

@@ -15,11 +15,12 @@ from klimb.choice import takes_forbidden
 from klimb.config import Config, Full
 from klimb.data import Pool, Target
 from klimb.distil import Lesson
-from klimb.loaded import Loaded, generator_for
+from klimb.loaded import Loaded, depends, generator_for
 from klimb.models.hub import weights_of
 from klimb.models.policy import CausalPolicy
-from klimb.plan import Plan, draw_pool, plan, scored_again
+from klimb.plan import Plan, plan
 from klimb.plan_distil import advice, plan_distil
+from klimb.pool import draw_block, draw_pool, scored_again, seed_of
 from klimb.records import apart_record, plan_record
 from klimb.rewards.unscored import Unscored
 from klimb.target import own_reward
@@ -59,15 +60,12 @@ def planned(
     config = loaded.config
     if config.method == "distill":
         return None, 1.0, _planned_lesson(loaded, path, watch)
-    own = store.draws_path(path, "plan")
+    own, ranks = store.draws_path(path, "plan"), loaded.ranks
     unscored: list[str] = []
-    keep = partial(store.write_pool, own, verb="plan", hashes=loaded.hashes, unscored=True)
-    pool = loaded.ranks.from_first(partial(_kept_pool, loaded, path))
-    if pool is not None and bool(pool.reward.isnan().any()):
-        pool, said = scored_again(pool, loaded.reward)
-        loaded.ranks.from_first(partial(keep, pool=pool))
-        unscored = [] if said is None else [said]
+    parts = None
+    pool = ranks.from_first(partial(_kept_pool, loaded, path))
     if pool is None:
+        parts = ranks.from_first(partial(plan_parts, loaded, path))
         pool = draw_pool(
             loaded.train_examples,
             loaded.reference,
@@ -78,9 +76,14 @@ def planned(
             progress=watch.progress,
             what="plan: draw from the reference",
             unscored=unscored,
+            parts=parts,
         )
-        if unscored:
-            loaded.ranks.from_first(partial(keep, pool=pool))
+    if bool(pool.reward.isnan().any()):
+        parts = None  # they do not have what is scored late
+        pool, said = ranks.from_first(partial(scored_again, pool, loaded.reward))
+        unscored = [] if said is None else [said]
+        if unscored or ranks.from_first(own.is_file):
+            ranks.from_first(partial(_keep, own, pool, loaded, unscored=True))
     if unscored:
         missing = pool.reward.isnan()
         raise Unscored(
@@ -107,7 +110,7 @@ def planned(
         record = _record(found, price, loaded, generator, why=_why(config))
         if loaded.teacher is not None and not to_train:
             record |= _apart(loaded, watch)
-        loaded.ranks.from_first(partial(_write, loaded, path, pool, record))
+        loaded.ranks.from_first(partial(_write, loaded, path, pool, record, parts))
     loaded.ranks.from_first(partial(_settle, path, config, beta))
     return pool, beta, record
 
@@ -129,11 +132,49 @@ def _written(path: Path) -> dict[str, Any] | None:
     return store.read_json(where) if where.is_file() else None
 
 
-def _write(loaded: Loaded, path: Path, pool: Pool, record: dict[str, Any]) -> None:
+def _write(
+    loaded: Loaded, path: Path, pool: Pool, record: dict[str, Any], parts: store.StoredParts | None
+) -> None:
     own = store.draws_path(path, "plan")
-    if not own.is_file():
-        store.write_pool(own, pool, verb="plan", hashes=loaded.hashes)
+    if parts is not None:
+        parts.merge()
+    elif not own.is_file():
+        _keep(own, pool, loaded)
+    store.remove_parts(own)
     store.write_json(path / "plan.json", record)
+
+
+def _keep(own: Path, pool: Pool, loaded: Loaded, *, unscored: bool = False) -> None:
+    store.write_pool(own, pool, verb="plan", hashes=loaded.hashes, unscored=unscored)
+    store.remove_parts(own)
+
+
+def plan_block(loaded: Loaded, block: range, *, unscored: list[str]) -> Pool:
+    """One block of a plan's pool by itself, as `planned` draws it among the others."""
+    return draw_block(
+        loaded.train_examples,
+        block,
+        policy=loaded.reference,
+        reward=loaded.reward,
+        sampler=loaded.sampler,
+        num_draws=loaded.config.num_plan_draws,
+        seed=seed_of(generator_for(loaded.config.seed, "plan")),
+        unscored=unscored,
+    )
+
+
+def plan_parts(loaded: Loaded, path: Path) -> store.StoredParts:
+    """Where the finished draws of a plan lie, those of a killed one among them.
+
+    Raises:
+        ValueError: those that are there are of another model, reward, seed, ...
+    """
+    return store.begin_parts(
+        store.draws_path(path, "plan"),
+        verb="plan",
+        hashes=loaded.hashes,
+        depends=depends(loaded, loaded.train_examples, loaded.config.num_plan_draws),
+    )
 
 
 def _planned_lesson(loaded: Loaded, path: Path, watch: Watch) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from klimb.numbers.calibration import Bin, Pairs, Rescored, judged_pairs
 from klimb.numbers.estimate import Estimate, interval
 from klimb.numbers.weights import SMALLEST_TAIL, pareto_k, pareto_threshold
 from klimb.objectives.reward_model import reward_model
-from klimb.plan import Progress, silent
+from klimb.pool import Progress, silent
 from klimb.rewards.model import logits_of, written
 from klimb.steps import Step, TrainState
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,8 @@ from klimb.config import DESTINATIONS, Config
 from klimb.data import Pool, stack_pools
 from klimb.diagnosis import diagnosed
 from klimb.distil import distance
-from klimb.loaded import Loaded, generator_for, prepare, reward_hashes
-from klimb.measure import Measurement, away, measure
+from klimb.loaded import Loaded, depends, generator_for, prepare, reward_hashes
+from klimb.measure import away, measure
 from klimb.models.hub import weights_of
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.estimate import mean_estimate
@@ -160,8 +160,11 @@ def run_measure(
     watch = watch if ranks.first else UNWATCHED
     if output_dir is None:
         return _measured(loaded, config.beta, None, watch)
-    with _tracked(watch, config, Path(output_dir), ranks) as watch:
-        return _measured(loaded, config.beta, Path(output_dir), watch)
+    path = Path(output_dir)
+    with ExitStack() as until_done:
+        ranks.from_first(partial(_hold, path, until_done, watch))
+        watch = until_done.enter_context(_tracked(watch, config, path, ranks))
+        return _measured(loaded, config.beta, path, watch, policy_folder=Path(policy_folder))
 
 
 @dataclass(frozen=True)
@@ -349,7 +352,9 @@ def _held_run(
         try:
             pool, beta, record = planned(loaded, path, watch, to_train="train" in verbs)
         except ValueError as error:
-            if not resume and ranks.first and not isinstance(error, Unscored):
+            # an error's class does not travel between ranks
+            goes_on = isinstance(error, Unscored) or store.FULL in str(error)
+            if not resume and ranks.first and not goes_on:
                 store.undo_run(path)
             raise
         outcome = replace(outcome, beta=beta, plan=record)
@@ -378,6 +383,19 @@ def _held_run(
             assert outcome.beta is not None
             outcome = replace(outcome, measurement=_measured(loaded, outcome.beta, path, told))
     return replace(outcome, report=report(path, watch=watch)) if ranks.first else outcome
+
+
+@contextmanager
+def begun(config: Config, *, resume: bool) -> Generator[Loaded]:
+    """Within this context the run is there and held, and what its configuration names is loaded; for who draws it in another way."""
+    path = Path(config.output_dir)
+    with ExitStack() as until_done:
+        if not resume:
+            store.check_free(path)
+        loaded = prepare(config)
+        _hold(path, until_done, UNWATCHED)
+        _began(loaded, path, resume)
+        yield loaded
 
 
 def _hold(path: Path, until_done: ExitStack, watch: Watch) -> None:
@@ -444,21 +462,53 @@ def report(path: Path, *, watch: Watch = UNWATCHED) -> Path | None:
     return write_report(path)
 
 
-def _measured(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:
+def _measured(
+    loaded: Loaded, beta: float, path: Path | None, watch: Watch, policy_folder: Path | None = None
+) -> dict[str, Any]:
+    """What measure.json holds of the policy, which lies in `policy_folder`, or RUN/policy."""
     config = loaded.config
+    parts: dict[str, store.StoredParts] = {}
+    if path is not None and loaded.teacher is None:
+        parts = loaded.ranks.from_first(
+            partial(_held_out_parts, loaded, path, policy_folder or path / "policy")
+        )
     if config.dataset_test_split is None:
         watch.event("warning", "measured on the training prompts: dataset_test_split is null")
-    if loaded.teacher is not None:
-        record = _measured_distance(loaded, loaded.teacher, path, watch)
-    elif not config.reward_funcs:
-        record = _measured_without_reward(loaded, beta, path, watch)
-    else:
-        record = _certified(loaded, beta, path, watch)
+    try:
+        if loaded.teacher is not None:
+            record = _measured_distance(loaded, loaded.teacher, path, watch)
+        elif not config.reward_funcs:
+            record = _measured_without_reward(loaded, beta, path, watch, parts)
+        else:
+            record = _certified(loaded, beta, path, watch, parts)
+    except ValueError:
+        for some in parts.values():
+            if loaded.ranks.first and not some.done():
+                store.remove_parts(some.path)
+        raise
     watch.event("measure", record)
     return record
 
 
-def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:
+def _held_out_parts(loaded: Loaded, path: Path, policy_folder: Path) -> dict[str, store.StoredParts]:
+    """Where finished draws of policy and reference lie, by the verb of their file; those of a killed measurement among them.
+
+    Raises:
+        ValueError: those that are there are of another policy, reward, seed, ...
+    """
+    config = loaded.config
+    examples = loaded.test_examples[: config.measure_prompts]
+    rest = {"policy": store.hash_of(policy_folder), **depends(loaded, examples, config.measure_draws)}
+    return {
+        verb: store.begin_parts(store.draws_path(path, verb), verb=verb, hashes=loaded.hashes, depends=rest)
+        for verb in ("measure", "measure-reference")
+        if verb == "measure" or config.reward_funcs
+    }
+
+
+def _certified(
+    loaded: Loaded, beta: float, path: Path | None, watch: Watch, parts: Mapping[str, store.StoredParts]
+) -> dict[str, Any]:
     """What measure.json holds where a reward says what is good: the certificate."""
     config = loaded.config
     found = measure(
@@ -469,6 +519,8 @@ def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> 
         num_draws=config.measure_draws,
         generator=generator_for(config.seed, "measure"),
         progress=watch.progress,
+        policy_parts=parts.get("measure"),
+        reference_parts=parts.get("measure-reference"),
     )
     record = measure_record(
         found, target=target_record(config.target), weights=weights_of(loaded.reference.model)
@@ -477,22 +529,26 @@ def _certified(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> 
         record["comparisons"] = _orders(loaded, beta, watch)
     if path is None:
         return record
-    return loaded.ranks.from_first(partial(_write_certified, path, record, found, loaded.hashes))
+    return loaded.ranks.from_first(partial(_write_certified, path, record, parts))
 
 
 def _write_certified(
-    path: Path, record: dict[str, Any], found: Measurement, hashes: Mapping[str, str]
+    path: Path, record: dict[str, Any], parts: Mapping[str, store.StoredParts]
 ) -> dict[str, Any]:
     """Write the draws, and the record with what a diagnosis finds in the run's files."""
-    for verb, pool in (("measure", found.policy_pool), ("measure-reference", found.reference_pool)):
-        _write_pool(store.draws_path(path, verb), pool, verb, hashes)
+    for some in parts.values():
+        some.merge()
     if (path / "config.yaml").is_file():  # with the plan and the steps beside the draws
         record["diagnosis"] = diagnosis_record(diagnosed(path, measured=record))
     store.write_json(path / "measure.json", record)
+    for some in parts.values():  # last: killed before, nothing is drawn again
+        store.remove_parts(some.path)
     return record
 
 
-def _measured_without_reward(loaded: Loaded, beta: float, path: Path | None, watch: Watch) -> dict[str, Any]:
+def _measured_without_reward(
+    loaded: Loaded, beta: float, path: Path | None, watch: Watch, parts: Mapping[str, store.StoredParts]
+) -> dict[str, Any]:
     """What measure.json holds where nobody named a reward: how far the policy went, and how it orders held-out completions."""
     config = loaded.config
     pool = away(
@@ -503,11 +559,13 @@ def _measured_without_reward(loaded: Loaded, beta: float, path: Path | None, wat
         num_draws=config.measure_draws,
         generator=generator_for(config.seed, "measure"),
         progress=watch.progress,
+        parts=parts.get("measure"),
     )
     record = unrewarded_record(pool, _orders(loaded, beta, watch), beta, target=target_record(config.target))
     if path is not None and loaded.ranks.first:
-        _write_pool(store.draws_path(path, "measure"), pool, "measure", loaded.hashes)
+        parts["measure"].merge()
         store.write_json(path / "measure.json", record)
+        store.remove_parts(parts["measure"].path)
     return record
 
 

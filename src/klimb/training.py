@@ -26,7 +26,7 @@ from klimb.measure import certify
 from klimb.models.critic import Critic
 from klimb.models.families import save_policy, whole_state
 from klimb.models.master import adamw, masters, moved_average, speaking_as, write_out
-from klimb.plan import draw_pool
+from klimb.pool import draw_pool
 from klimb.profile import Seen, looked_at, memory_used, steps_to_look_at, write_profile
 from klimb.ranks import ALONE, Ranks
 from klimb.records import step_record

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from klimb.plan import Progress, silent
+from klimb.pool import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ FLOORS = [  # from the bottom
     {"methods", "backward"},
     {"learn", "log_z"},
     {"batch", "steps"},
+    {"pool"},
     {"plan", "train", "measure", "sample", "distil", "plan_distil", "reward_model"},
     {"report", "explorer", "store", "config", "dataset", "comparisons", "convert", "tasks"},
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
@@ -44,7 +45,7 @@ FLOORS = [  # from the bottom
     },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-VERBS = {"plan", "train", "measure", "sample"}
+VERBS = {"pool", "plan", "train", "measure", "sample"}
 THIRD_PARTY = {"numbers": {"torch", "numpy"}, "objectives": {"torch"}, "exact": {"torch"}}
 LAZY = {"numbers": {"scipy", "arviz_stats"}}  # slow to import: only inside functions
 FILES_AND_PRINTING = {

@@ -1,15 +1,16 @@
-"""Two Ray workers on this machine train what one process trains."""
+"""Two Ray workers on this machine train what one process trains, and draw the plan that one process draws."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from klimb.ranks import ALONE
-from klimb.store import load_latest_checkpoint, read_jsonl
+from klimb.store import load_latest_checkpoint, read_json, read_jsonl
 from ranked import run
 
 pytest.importorskip("ray")
@@ -37,3 +38,80 @@ def test_two_ray_workers_are_one_process(tiny_run, tmp_path):
     for name, x in weights[0].items():
         if name.startswith("weights"):
             assert (x - weights[1][name]).abs().max() < 1e-6, name
+
+
+PLANNER = """
+import sys
+from klimb import run
+from klimb.config import load
+from klimb.integrations.ray import plan_over_ray
+run.report = lambda path, watch=None: None
+if __name__ == "__main__":
+    import ray
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        plan_over_ray(load(sys.argv[1], []), num_workers=2, resume=len(sys.argv) > 2)
+    except ValueError as error:
+        print(error)
+        sys.exit(2)
+"""
+
+
+def drawn_by_ray(folder, settings, *more):
+    """plan_over_ray with two workers, in a process of its own."""
+    file, program = folder / "run.yaml", folder / "planner.py"
+    file.write_text(yaml.safe_dump(settings))
+    program.write_text(PLANNER)
+    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    quiet = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONPATH": source}
+    command = [sys.executable, str(program), str(file), *more]
+    return subprocess.Popen(
+        command, env={**os.environ, **quiet}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_data_draw_the_plan_of_one_process(tiny_run, tmp_path):
+    """Killed in the middle too, and gone on with."""
+    settings = {**tiny_run, "num_plan_draws": 96}  # two prompts a part, eight parts
+    reward = Path(settings["reward_funcs"].partition(":")[0])
+    reward.write_text(reward.read_text().replace('"""Share', '__import__("time").sleep(0.5)\n    """Share'))
+    run(ALONE, {**settings, "output_dir": str(tmp_path / "one")}, "run_plan")
+    one, two = tmp_path / "one", Path(settings["output_dir"])
+
+    process = drawn_by_ray(tmp_path, settings)
+    parts = two / "draws/plan.parts"
+    while process.poll() is None and len(list(parts.glob("[0-9]*.parquet"))) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    there = {path.name: path.stat().st_ino for path in parts.glob("[0-9]*.parquet")}
+    assert 3 <= len(there) < 8
+    process = drawn_by_ray(tmp_path, settings, "--resume")
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, said[-4000:]
+    assert (two / "draws/plan.parquet").read_bytes() == (one / "draws/plan.parquet").read_bytes()
+    assert read_json(two / "plan.json") == read_json(one / "plan.json")
+    assert not parts.exists()
+
+
+@pytest.mark.slow
+def test_a_worker_says_what_is_wrong(tiny_run, tmp_path):
+    reward = Path(tiny_run["reward_funcs"].partition(":")[0])
+    reward.write_text("def good(completions, **columns):\n    raise KeyError('only there')\n")
+    process = drawn_by_ray(tmp_path, tiny_run)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 2, said[-4000:]
+    assert "plan_over_ray: " in said
+    assert "only there" in said
+
+
+def test_a_plan_that_draws_no_pool_is_refused(tiny_run):
+    from klimb.config import load
+    from klimb.integrations.ray import plan_over_ray
+
+    options = [
+        part for name, x in {**tiny_run, "plan": "runs/other"}.items() for part in (f"--{name}", str(x))
+    ]
+    with pytest.raises(ValueError, match="a plan that is given, which draw no pool"):
+        plan_over_ray(load(None, options), num_workers=2)

@@ -161,7 +161,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(drawing, "_decode", counting)
     monkeypatch.setattr("klimb.run.report", lambda path, watch=None: None)
-    monkeypatch.setattr("klimb.plan.ROWS_AT_ONCE", 96)  # several pieces, so that one can die between them
+    monkeypatch.setattr("klimb.pool.ROWS_AT_ONCE", 96)  # several pieces, so that one can die between them
     return rows
 
 

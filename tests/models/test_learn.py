@@ -23,7 +23,7 @@ from klimb.models.families import lora
 from klimb.numbers import kl_control
 from klimb.numbers.running import add_draws, running_log_z
 from klimb.objectives import generators, log_variance, trajectory_balance
-from klimb.plan import draw_pool
+from klimb.pool import draw_pool
 from klimb.samplers.ancestral import ancestral
 from klimb.steps import TrainState
 from klimb.target import tilt

@@ -1,6 +1,6 @@
 """A run on a Ray cluster: Ray Train starts the processes, and each of them does what torchrun would have it do.
 
-The output directory, the data and the rewards have to be where every worker finds them: on one machine, or on a disk that all
+A plan alone can also be drawn by Ray Data, whose workers need not wait for each other, and may come and go. The output directory, the data and the rewards have to be where every worker finds them: on one machine, or on a disk that all
 share. Only the first rank reads and writes the directory of the run.
 """
 
@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from klimb.config import Config
-from klimb.store import check_free
+from klimb.loaded import prepare
+from klimb.planning import plan_block, plan_parts
+from klimb.pool import blocks
+from klimb.run import begun, run_plan
+from klimb.store import StoredParts, check_free
 
 RESTARTS = 3
 """how often a run whose workers die is taken up again"""
@@ -66,6 +70,93 @@ def ray_run(
         said = str(getattr(first, "cause", first) or first).strip().splitlines()[-1]
         raise ValueError(f"ray_run: worker {rank} ended {RESTARTS + 1} times: {said}") from error
     return Path(config.output_dir)
+
+
+def plan_over_ray(config: Config, *, num_workers: int, use_gpu: bool = False, resume: bool = False) -> Path:
+    """`klimb plan` with its blocks of prompts drawn by so many workers of Ray Data, each with a model of its own; the directory of the run.
+
+    What is drawn is, bit by bit, what one process would draw (`klimb.pool`). Each block is written as soon as it is there, so whatever is
+    killed, a plan that is resumed, here or by `klimb plan --resume`, draws only the rest. A worker that dies is replaced.
+
+    Args:
+        config: of the run; its output_dir, data and rewards have to be where every worker finds them.
+        num_workers: how many.
+        use_gpu: a GPU for each of them.
+        resume: go on with the run that is there.
+
+    Raises:
+        ValueError: Ray is not installed, the plan draws no pool, what `klimb plan` or a worker raises, or a worker did not see
+            output_dir.
+
+    Source: Moritz et al., "Ray: a distributed framework for emerging AI applications", 2018.
+    """
+    if config.learn_from == "data" or config.method in ("distill", "reward_model") or config.plan is not None:
+        raise ValueError(
+            "plan_over_ray: got learn_from data, method distill or reward_model, or a plan that is given, which draw no pool; expected "
+            "learn_from draws and a reward"
+        )
+    try:
+        data: Any = importlib.import_module("ray.data")
+    except ImportError as error:
+        raise ValueError("plan_over_ray: Ray Data is not installed; pip install 'klimb[ray]'") from error
+    with begun(config, resume=resume) as loaded:
+        parts = plan_parts(loaded, Path(config.output_dir))
+        done = parts.done()
+        every = blocks(len(loaded.train_examples), config.num_plan_draws)
+        left = [{"start": b.start, "stop": b.stop} for b in every if b not in done]
+        if left:
+            drawn = data.from_items(left, override_num_blocks=len(left)).map_batches(
+                _Drawer,
+                fn_constructor_kwargs={
+                    "settings": config.model_dump(),
+                    "parts": parts,
+                    "folder": os.getcwd(),
+                },
+                batch_size=1,
+                concurrency=num_workers,
+                num_gpus=1 if use_gpu else 0,
+            )
+            _carried_out(drawn)
+        missing = len(every) - len(parts.done())
+        if missing:
+            raise ValueError(
+                f"plan_over_ray: {missing} of {len(every)} parts are not in {parts.folder}; output_dir has to be on a disk that all "
+                "workers share"
+            )
+    run_plan(config, resume=True)
+    return Path(config.output_dir)
+
+
+def _carried_out(drawn: Any) -> None:
+    """Wait for all of it; a worker's mistake in its own words."""
+    try:
+        for _ in drawn.iter_batches(batch_size=None):
+            pass
+    except Exception as error:
+        cause: Any = error
+        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+            cause = inner
+        if not isinstance(cause, ValueError):
+            raise
+        raise ValueError(
+            f"plan_over_ray: {cause}; what was drawn before is kept, and resume goes on"
+        ) from error
+
+
+class _Drawer:
+    """A worker: the model loaded once, and one block after the other drawn and written."""
+
+    def __init__(self, settings: Mapping[str, Any], parts: StoredParts, folder: str) -> None:
+        os.chdir(folder)  # where paths of the configuration begin
+        self.loaded = prepare(Config.model_validate(settings))
+        self.parts = parts
+        self.unscored: list[str] = []
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
+            block = range(start, stop)
+            self.parts.write(block, plan_block(self.loaded, block, unscored=self.unscored))
+        return {"stop": batch["stop"]}
 
 
 def _work(given: Mapping[str, Any]) -> None:

@@ -277,6 +277,22 @@ def score(reward: Reward, draws: Draws, *, unscored: list[str] | None = None) ->
     )
 
 
+def asked_alone(reward: Reward) -> Reward:
+    """The same reward, which each rank asks for its own completions, whatever the others do.
+
+    Example:
+        >>> asked_alone(replace(weighted_sum([no_reward]), ranks=Ranks(0, 2))).ranks.world
+        1
+    """
+    alone: Any = reward
+    if isinstance(reward, LogRatio):
+        whose: Any = (reward.teacher, reward.reference)
+        alone = LogRatio(*(replace(who, ranks=ALONE) if hasattr(who, "ranks") else who for who in whose))
+    elif isinstance(reward, WeightedSum):
+        alone = replace(reward, ranks=ALONE)
+    return alone
+
+
 def _shared_score(reward: WeightedSum, draws: Draws) -> Rewards:
     """Every completion's reward, each rank calling the reward on its share of the prompts."""
     alone = replace(reward, ranks=ALONE)

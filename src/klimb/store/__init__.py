@@ -10,12 +10,14 @@ nothing here runs code when it is read.
 whole.py         files and folders that are whole or not there; JSON, YAML, JSONL
 run.py           the directory of a run
 draws.py         tables of draws
+parts.py         the same while they are being drawn
 rows.py          rows of data, as klimb.dataset reads them
 checkpoints.py   what a training goes on from
 """
 
 from klimb.store.checkpoints import Checkpoint, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from klimb.store.draws import StoredDraws, read_draws, write_draws, write_pool
+from klimb.store.parts import StoredParts, begin_parts, remove_parts
 from klimb.store.rows import check_new, write_rows
 from klimb.store.run import (
     check_free,
@@ -27,8 +29,10 @@ from klimb.store.run import (
     undo_run,
 )
 from klimb.store.whole import (
+    FULL,
     append_jsonl,
     as_json,
+    hash_of,
     read_json,
     read_jsonl,
     truncate_jsonl,
@@ -39,15 +43,19 @@ from klimb.store.whole import (
 )
 
 __all__ = [
+    "FULL",
     "Checkpoint",
     "StoredDraws",
+    "StoredParts",
     "append_jsonl",
     "as_json",
+    "begin_parts",
     "check_free",
     "check_new",
     "create_run",
     "draws_path",
     "environment",
+    "hash_of",
     "held",
     "list_checkpoints",
     "load_latest_checkpoint",
@@ -55,6 +63,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "remove_draws_after",
+    "remove_parts",
     "save_checkpoint",
     "truncate_jsonl",
     "undo_run",

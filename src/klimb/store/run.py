@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from klimb.nearest import nearest_run
-from klimb.store.whole import as_yaml, clear_interrupted, write_json, write_yaml
+from klimb.store.parts import unfinished
+from klimb.store.whole import as_yaml, clear_interrupted, remove_whole, write_json, write_yaml
 
 NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.ENOSYS)
 PACKAGES = (
@@ -111,8 +112,12 @@ def check_free(output_dir: str | Path) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir {run}: got a file, expected a folder or a new name")
     if (run / "config.yaml").exists():
+        half = "".join(
+            f", which was stopped while drawing ({drawn} prompts are drawn, in {folder.name}, and are not drawn again)"
+            for folder, drawn in unfinished(run)
+        )
         raise ValueError(
-            f"output_dir {run} holds another run; use --resume {run} to go on with it, or another output_dir"
+            f"output_dir {run} holds another run{half}; use --resume {run} to go on with it, or another output_dir"
         )
 
 
@@ -121,6 +126,8 @@ def undo_run(run: str | Path) -> None:
     run = Path(run)
     for name in ("config.yaml", "env.json"):
         (run / name).unlink(missing_ok=True)
+    for folder, _ in unfinished(run):
+        remove_whole(folder)
     for folder in (run / "draws", run / "checkpoints", run):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

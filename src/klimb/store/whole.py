@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,9 @@ INFINITE = {
     "Infinity": math.inf,
     "-Infinity": -math.inf,
 }  # JSON has no such numbers; spelled as in proto3's JSON
+
+FULL = "the disk is full"
+"""how the message of an error begins after which room can be made, and the run resumed"""
 
 # Whole or not at all.
 
@@ -81,6 +85,17 @@ def write_directory_whole(path: str | Path, fill: Callable[[Path], object]) -> N
     _to_disk(path.parent)
 
 
+def hash_of(folder: str | Path) -> str:
+    """The sha256 of all files in a folder that are not hidden, by name and content."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("[!.]*")):
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
 def remove_whole(path: str | Path) -> None:
     """Remove a file or folder. Its name goes first: a folder half removed must not look like a whole one."""
     path = Path(path)
@@ -128,7 +143,7 @@ def _explain_if_full(error: Exception, path: Path) -> None:
     full = {errno.ENOSPC, errno.EDQUOT}
     if getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full):
         raise ValueError(
-            f"the disk is full: {path} was not written, what was there before is whole; make room and resume"
+            f"{FULL}: {path} was not written, what was there before is whole; make room and resume"
         ) from error
 
 
