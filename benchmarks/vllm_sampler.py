@@ -1,9 +1,10 @@
 """How fast a vLLM server on the same processor draws, beside klimb's own sampler, and how far its law is from the scorer's.
 
-    make test-vllm                                        # makes .venv-vllm
-    python benchmarks/vllm_sampler.py --dtype bfloat16    # SmolLM2-135M, 24 prompts x 8 completions of up to 32 tokens
+    make test-vllm                          # makes .venv-vllm
+    python benchmarks/vllm_sampler.py       # SmolLM2-135M, bfloat16, 8 prompts x 8 completions of up to 32 tokens
 
-Both draw the same prompts in turn, a policy whose adapter has moved; the server is warm, its adapter handed over within the time.
+Both draw the same prompts in turn, of the reference and of a policy whose adapter has moved since the last turn; the server is
+warm, and its adapter handed over within the time.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from klimb.models.families import lora
 from klimb.models.hub import DTYPES, load_model
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.vllm import Vllm
+from klimb.samplers.vllm_server import Server
 
 OWN = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -74,49 +76,59 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", default=".venv-vllm/bin/python")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4)
     asked = parser.parse_args()
-    examples = load_examples("examples/data/reviews.jsonl", split="train", limit=24)
+    examples = load_examples("examples/data/reviews.jsonl", split="train", limit=asked.prompts)
     model, tokenizer = load_model("smollm2-135m", dtype=DTYPES[asked.dtype])
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         policy, reference = lora(model, tokenizer, r=16)
-        generator = torch.Generator().manual_seed(0)
         with served(asked.python, folder, asked.dtype, Path(place) / "log") as url:
-            server = Vllm(url=url, max_completion_length=32)
+            server = Vllm(engines=[Server(url)], max_completion_length=asked.tokens)
             server.check(reference, examples[0])
-            samplers = {"klimb": partial(ancestral, max_completion_length=32), "vllm": server}
-            rates = {name: [] for name in samplers}
-            apart = {name: [] for name in samplers}
-            for turn in range(asked.rounds + 1):
-                with torch.no_grad():
-                    for weight in policy.parameters():
-                        weight += 0.002 * torch.randn(weight.shape, generator=generator)
-                for name, sampler in samplers.items():
-                    began = time.perf_counter()
-                    draws = sampler(policy, examples, 8, generator=generator)
-                    seconds = time.perf_counter() - began
-                    if turn == 0:
-                        continue  # warm
-                    rates[name].append(int(draws.lengths.sum()) / seconds)
-                    with torch.no_grad():
-                        scored = draws.sequence_sums(policy.log_prob(draws))
-                        away = draws.sequence_sums(reference.log_prob(draws))
-                    apart[name].append((draws.log_q - scored).abs().flatten())
-                    moved = (draws.log_q - away).abs().mean().item()
-            for name in samplers:
-                errors = torch.cat(apart[name])
-                print(
-                    f"{name}: {statistics.median(rates[name]):.0f} tokens/s (of {asked.rounds} rounds {min(rates[name]):.0f} to "
-                    f"{max(rates[name]):.0f}), |log_q - log_prob| a completion: mean {errors.mean():.2g}, 99 % "
-                    f"{errors.quantile(0.99):.2g}, largest {errors.max():.2g} nats"
-                )
-            ratio = statistics.median(b / a for a, b in zip(rates["klimb"], rates["vllm"], strict=True))
-            print(
-                f"vllm / klimb: {ratio:.2f} times; the adapter has moved {moved:.2g} nats a completion away"
-            )
+            own = partial(ancestral, max_completion_length=asked.tokens)
+            for name, who in {"reference": reference, "adapter": policy}.items():
+                compare(name, who, reference, {"klimb": own, "vllm": server}, examples, asked)
+
+
+def compare(name, who, reference, samplers, examples, asked):
+    """Draw in turn, some rounds after one that does not count; print what came out."""
+    generator = torch.Generator().manual_seed(0)
+    rates, apart = ({sampler: [] for sampler in samplers} for _ in range(2))
+    for turn in range(asked.rounds + 1):
+        with torch.no_grad():
+            for weight in who.parameters():
+                weight += 0.002 * torch.randn(weight.shape, generator=generator)
+        for kind, sampler in samplers.items():
+            began = time.perf_counter()
+            draws = sampler(who, examples, asked.draws, generator=generator)
+            seconds = time.perf_counter() - began
+            if turn == 0:
+                continue
+            rates[kind].append(int(draws.lengths.sum()) / seconds)
+            with torch.no_grad():
+                scored = draws.sequence_sums(who.log_prob(draws))
+                moved = (scored - draws.sequence_sums(reference.log_prob(draws))).abs().mean().item()
+            apart[kind].append((draws.log_q - scored).abs().flatten())
+    for kind in samplers:
+        errors = torch.cat(apart[kind])
+        print(
+            f"{name}, {kind}: {statistics.median(rates[kind]):.0f} tokens/s ({asked.rounds} rounds: {min(rates[kind]):.0f} to "
+            f"{max(rates[kind]):.0f}), |log_q - log_prob| a completion: mean {errors.mean():.2g}, 99 % "
+            f"{errors.quantile(0.99):.2g}, largest {errors.max():.2g} nats",
+            flush=True,
+        )
+    ratios = [b / a for a, b in zip(rates["klimb"], rates["vllm"], strict=True)]
+    print(
+        f"{name}: vllm / klimb {statistics.median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f}); "
+        f"{moved:.2g} nats a completion from the reference",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

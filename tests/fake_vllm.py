@@ -4,12 +4,16 @@ Nothing of klimb is in it, so what it draws is also an independent reference.
 """
 
 import contextlib
+import copy
 import json
+import sys
 import threading
+import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 
@@ -45,9 +49,10 @@ def fake_vllm(model_folder, *, ends):
             fake.models[payload["lora_name"]] = loaded(payload["lora_path"])
             fake.loads.append(payload["lora_name"])
         elif path == "/v1/unload_lora_adapter":
-            fake.models.pop(payload["lora_name"])
+            fake.models.pop(payload["lora_name"], None)
         elif path == "/collective_rpc":
             assert payload["method"] == "reload_weights"
+            fake.loads.append(payload["kwargs"]["weights_path"])
             fake.models["base"] = loaded(folder=payload["kwargs"]["weights_path"])
         elif path == "/v1/completions":
             fake.requests.append(payload)
@@ -63,6 +68,8 @@ def fake_vllm(model_folder, *, ends):
 
         def do_POST(self):
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/collective_rpc":
+                time.sleep(0.05)  # who does not wait for the new weights draws from the old ones
             with lock:  # one after the other; and transformers loads models by changing torch for all threads
                 fault = fake.fault(self.path, payload)
                 said = None if fault == "die" else fault or answer(self.path, payload)
@@ -94,12 +101,92 @@ def fake_vllm(model_folder, *, ends):
         server.server_close()
 
 
+@contextlib.contextmanager
+def fake_engine(*, ends, sleeps=True):
+    """The package vllm, as far as klimb knows it: what its engine was told lies in `said`; it draws only when it is awake."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    said = []
+
+    class LLM:
+        def __init__(self, model, *, enable_sleep_mode, **options):
+            assert enable_sleep_mode == sleeps
+            assert (options["logprobs_mode"], options["dtype"]) == ("processed_logprobs", "float32")
+            self.awake, self.adapters, self.llm_engine = True, {}, self
+            self.take(model)
+            said.append("start")
+
+        def take(self, folder):
+            self.base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+        def generate(self, prompts, params, *, lora_request, use_tqdm):
+            assert self.awake
+            said.append("draw")
+            assert not use_tqdm
+            model = self.base
+            if lora_request is not None:
+                name, number, folder = vars(lora_request).values()
+                assert self.adapters.setdefault(number, name) == name
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    model = PeftModel.from_pretrained(copy.deepcopy(self.base), folder).eval()
+            return [
+                SimpleNamespace(outputs=[one_of(x) for x in drawn(model, {**vars(p), **prompt}, set(ends))])
+                for prompt, p in zip(prompts, params, strict=True)
+            ]
+
+        def remove_lora(self, number):
+            self.adapters.pop(number)
+
+        def collective_rpc(self, method, kwargs):
+            assert self.awake
+            assert method == "reload_weights"
+            said.append("weights")
+            self.take(kwargs["weights_path"])
+
+        def reset_prefix_cache(self):
+            return True
+
+        def sleep(self, level):
+            assert self.awake
+            said.append("sleep")
+            self.awake = False
+
+        def wake_up(self):
+            assert not self.awake
+            said.append("wake")
+            self.awake = True
+
+    def one_of(choice):
+        laws = [
+            {token: SimpleNamespace(logprob=x)}
+            for token, x in zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+        ]
+        return SimpleNamespace(**{**choice, "logprobs": laws})
+
+    def request(name, number, folder):
+        return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=folder)
+
+    platform = SimpleNamespace(is_cpu=lambda: not sleeps, is_sleep_mode_available=lambda: sleeps)
+    modules = {
+        "vllm": SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace),
+        "vllm.platforms": SimpleNamespace(current_platform=platform),
+        "vllm.lora.request": SimpleNamespace(LoRARequest=request),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        yield said
+
+
 @torch.no_grad()
 def drawn(model, payload, ends):
     """The choices of one request; each draw has a generator of its own, seeded by the request's seed and its index."""
     n = payload["n"]
     generators = [torch.Generator().manual_seed(payload["seed"] + i) for i in range(n)]
-    rows, laws = [list(payload["prompt"]) for _ in range(n)], [[] for _ in range(n)]
+    prompt = payload["prompt"] if "prompt" in payload else payload["prompt_token_ids"]
+    rows, laws = [list(prompt) for _ in range(n)], [[] for _ in range(n)]
     ends = ends | set(payload["stop_token_ids"])
     running = list(range(n))
     for _ in range(payload["max_tokens"]):
@@ -113,7 +200,7 @@ def drawn(model, payload, ends):
                 running.remove(i)
         if not running:
             break
-    tokens = [row[len(payload["prompt"]) :] for row in rows]
+    tokens = [row[len(prompt) :] for row in rows]
     return [
         {
             "index": i,

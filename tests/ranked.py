@@ -54,6 +54,7 @@ def _rank(rank, world, port, work, arguments):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
+        "NO_PROXY": "127.0.0.1",
     }
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
@@ -85,3 +86,42 @@ def runs(ranks, several):
     """One after the other: (settings, verb, resume, steps) each."""
     for one in several:
         run(ranks, *one)
+
+
+def flat(record, prefix=""):
+    """Every number of a record by its path, times left out."""
+    for name, x in record.items() if isinstance(record, dict) else enumerate(record):
+        if name in ("seconds", "tokens_per_second", "confidence"):
+            continue
+        if isinstance(x, dict | list):
+            yield from flat(x, f"{prefix}{name}.")
+        elif isinstance(x, int | float):
+            yield f"{prefix}{name}", float(x)
+
+
+def differences(one, two):
+    """The largest difference of each metric, estimate and piece of the checkpoint of two runs, which drew the same; relative above one."""
+    from klimb.store import load_latest_checkpoint, read_draws, read_json, read_jsonl
+
+    found = {}
+
+    def compare(a, b):
+        assert a.keys() == b.keys()
+        for name, x in a.items():
+            here, there = torch.as_tensor(x).double(), torch.as_tensor(b[name]).double()
+            apart = ((here - there).abs() / here.abs().clamp(min=1)).nan_to_num()
+            found[name] = max(found.get(name, 0.0), apart.max().item() if apart.numel() else 0.0)
+
+    for a, b in zip(*(read_jsonl(path / "metrics.jsonl") for path in (one, two)), strict=True):
+        compare(dict(flat(a)), dict(flat(b)))
+    if (one / "measure.json").exists():
+        compare(*(dict(flat(read_json(path / "measure.json"))) for path in (one, two)))
+    newest = [load_latest_checkpoint(path / "checkpoints") for path in (one, two)]
+    assert newest[0].state == newest[1].state
+    compare(newest[0].tensors, newest[1].tensors)
+    names = sorted(path.name for path in (one / "draws").iterdir())
+    assert names == sorted(path.name for path in (two / "draws").iterdir())
+    for name in names:
+        a, b = (read_draws(path / "draws" / name) for path in (one, two))
+        assert a.draws.texts == b.draws.texts, name
+    return found

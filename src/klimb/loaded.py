@@ -18,7 +18,7 @@ import torch
 
 from klimb.choice import check_method, chosen
 from klimb.comparisons import Judged, load_judged
-from klimb.config import TAUGHT, Config, Context, Full, Lora, Prefix, Teacher
+from klimb.config import TAUGHT, Config, Context, Full, Lora, Prefix, Teacher, VllmSampler
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
 from klimb.models.families import adapter_kind, full, lora
@@ -38,6 +38,8 @@ from klimb.rewards.log_ratio import LogRatio
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.shared import shared
 from klimb.samplers.vllm import Vllm
+from klimb.samplers.vllm_inside import Inside, start
+from klimb.samplers.vllm_server import Server
 from klimb.trackers import check_trackers
 
 
@@ -117,9 +119,11 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
         teacher = replace(teacher, ranks=ranks)
         reward = LogRatio(teacher, reference)
     everyone = [who for who in (policy, reference, teacher) if who is not None]
+    longest = 0
     for example in [*train_examples, *test_examples]:
         for who in everyone:
             tokens = len(who.render(example))
+            longest = max(longest, tokens)
             if tokens + config.max_completion_length > who.context_length:
                 virtual = f" beside {who.num_virtual} virtual tokens" if who.num_virtual else ""
                 raise ValueError(
@@ -127,12 +131,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
                     f"{config.max_completion_length} that is longer than the model's context of {who.context_length}{virtual}; "
                     "shorten one"
                 )
-    if ranks.world > 1 and config.sampler.kind != "ancestral":
-        raise ValueError(
-            f"sampler: got kind {config.sampler.kind} with {ranks.world} processes, whose shares of the prompts a server does not know; "
-            "train with one process (the server may have as many GPUs as it likes), or leave out sampler"
-        )
-    sampler = _sampler(config, reference, train_examples[0])
+    sampler = _sampler(config, reference, train_examples[0], longest, ranks)
     hashes = {
         "model": fingerprint(reference),
         "reward": source_hash(reward)
@@ -148,7 +147,6 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
                 "shard: got a target that is a policy, whose layers are not split; leave out shard"
             )
         policy, reference = shard(policy, reference, ranks)
-    spread: Any = partial(shared, sampler=sampler)
     return Loaded(
         config=config,
         policy=policy,
@@ -156,7 +154,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
         reward=reward,
         train_examples=train_examples[: config.max_prompts],
         test_examples=test_examples,
-        sampler=sampler if ranks.world == 1 else spread,
+        sampler=sampler,
         hashes=hashes,
         judged=judged[: config.max_prompts],
         judged_test=judged_test,
@@ -165,20 +163,38 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
     )
 
 
-def _sampler(config: Config, reference: CausalPolicy, example: Example) -> Sampler:
-    """Who draws; a server is asked for a few draws first, to see that it has this model."""
-    length = config.max_completion_length
-    if config.sampler.kind == "ancestral":
+def _sampler(
+    config: Config, reference: CausalPolicy, example: Example, longest: int, ranks: Ranks
+) -> Sampler:
+    """Who draws, with all ranks; vLLM is asked for a few draws first, to see that it has this model."""
+    length, asked = config.max_completion_length, config.sampler
+    if asked.kind == "ancestral":
         own: Any = partial(ancestral, max_completion_length=length, batch_rows=config.batch_rows)
-        return own
+        shares: Any = partial(shared, sampler=own)
+        return own if ranks.world == 1 else shares
     try:
-        server: Any = Vllm(
-            url=config.sampler.url, max_completion_length=length, keep=config.sampler.steps_ahead + 3
+        if asked.url is None:
+            engines: list[Any] = [_inside(asked, reference, longest + length, ranks)]
+        else:
+            urls = [asked.url] if isinstance(asked.url, str) else asked.url
+            # what one rank lacks (a package) is said by all, before they speak of anything else
+            engines = ranks.together(lambda: [Server(url) for url in urls])
+        sampler: Any = Vllm(
+            engines=engines, max_completion_length=length, keep=asked.steps_ahead + 3, ranks=ranks
         )
-        server.check(reference, example)
+        sampler.check(reference, example)
     except ValueError as error:
         raise ValueError(f"sampler: {error}") from error
-    return server
+    return sampler
+
+
+def _inside(asked: VllmSampler, reference: CausalPolicy, longest: int, ranks: Ranks) -> Inside:
+    if ranks.world > 1:
+        raise ValueError(
+            f"kind vllm without a url, an engine of this process, got {ranks.world} processes, expected one; start servers and give "
+            "their addresses (docs/sampling.md)"
+        )
+    return start(reference, longest=longest, memory=asked.gpu_memory_utilization)
 
 
 def _context(config: Config) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fake_vllm import fake_vllm
 from klimb.ranks import ALONE
 from klimb.store import load_latest_checkpoint, read_json, read_jsonl
 from ranked import run
@@ -26,12 +27,31 @@ def by_ray(folder, settings):
     return subprocess.run(recipe, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=280)
 
 
+@pytest.fixture(params=["own sampler", "server"])
+def sampler(request, tiny_model, monkeypatch):
+    """Options of who draws."""
+    if request.param == "own sampler":
+        yield {}
+        return
+    pytest.importorskip("httpx2")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with fake_vllm(tiny_model, ends=[1]) as fake:
+        yield {"sampler": {"kind": "vllm", "url": fake.url}}
+
+
+def flat(settings):
+    """The same, as options of the command line."""
+    inner = settings.pop("sampler", {})
+    return {**settings, **{f"sampler.{name}": x for name, x in inner.items()}}
+
+
 @pytest.mark.slow
-def test_two_ray_workers_are_one_process(tiny_run, tmp_path):
+def test_two_ray_workers_are_one_process(tiny_run, tmp_path, sampler):
     settings = {**tiny_run, "dtype": "float64", "max_steps": 4, "save_steps": 4, "learning_rate": 1e-3}
+    settings |= sampler
     found = by_ray(tmp_path, settings)
     assert found.returncode == 0, found.stderr[-4000:]
-    run(ALONE, {**settings, "output_dir": str(tmp_path / "one")}, "run_train")
+    run(ALONE, flat({**settings, "output_dir": str(tmp_path / "one")}), "run_train")
     two, one = Path(settings["output_dir"]), tmp_path / "one"
     assert [r["step"] for r in read_jsonl(two / "metrics.jsonl")] == [1, 2, 3, 4]
     weights = [load_latest_checkpoint(path / "checkpoints").tensors for path in (one, two)]

@@ -1,5 +1,6 @@
 """A vLLM server that is not there, is another one, answers nonsense, or dies in the middle: one clear message, nothing lost."""
 
+import importlib.util
 import json
 import re
 import threading
@@ -10,10 +11,11 @@ import torch
 
 from klimb.config import load
 from klimb.data import Example
-from klimb.models.families import lora
+from klimb.models.families import full, lora
 from klimb.models.hub import load_model
 from klimb.run import climb, run_train
 from klimb.samplers.vllm import Vllm
+from klimb.samplers.vllm_server import Server
 from klimb.store import list_checkpoints, load_latest_checkpoint, read_draws, read_jsonl
 from klimb.watch import Watch
 
@@ -46,7 +48,7 @@ def policy(tiny_model):
 
 
 def drawn(fake, policy, **options):
-    sampler = Vllm(url=fake.url, max_completion_length=5, **options)
+    sampler = Vllm(engines=[Server(fake.url, **options)], max_completion_length=5)
     return sampler(policy, EXAMPLES, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -123,7 +125,7 @@ def test_the_law_is_asked_for_in_full(fake, policy):
 
 
 def test_a_server_that_began_anew_is_told_again(fake, policy):
-    sampler = Vllm(url=fake.url, max_completion_length=5)
+    sampler = Vllm(engines=[Server(fake.url)], max_completion_length=5)
     first = sampler(policy, EXAMPLES, 3, generator=torch.Generator().manual_seed(0))
     for name in list(fake.models):
         if name != "base":
@@ -135,7 +137,7 @@ def test_a_server_that_began_anew_is_told_again(fake, policy):
 
 
 def test_adapters_that_nobody_names_any_more_are_taken_away(fake, policy):
-    sampler = Vllm(url=fake.url, max_completion_length=5, keep=2)
+    sampler = Vllm(engines=[Server(fake.url)], max_completion_length=5, keep=2)
     for _ in range(4):
         sampler(policy, EXAMPLES, 1, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -163,6 +165,21 @@ def test_what_passes_is_asked_again_and_one_that_dies_in_the_middle_is_named(fak
         drawn(fake, policy)
 
 
+def test_a_server_that_keeps_what_it_remembers_under_old_weights_is_refused(fake, tiny_model):
+    policy, _ = full(*load_model(str(tiny_model), dtype=torch.float32))
+    sampler = Vllm(engines=[Server(fake.url)], max_completion_length=5)
+    sampler.check(policy, EXAMPLES[0])
+    with torch.no_grad():
+        next(iter(policy.parameters())).add_(0.1)
+    fake.fault = lambda path, payload: (200, {"success": False}) if path == "/reset_prefix_cache" else None
+    with pytest.raises(ValueError, match="still draws for somebody under the old weights"):
+        sampler(policy, EXAMPLES, 1, generator=torch.Generator().manual_seed(0))
+    fake.fault = lambda path, payload: None
+    before = len(fake.loads)
+    sampler(policy, EXAMPLES, 1, generator=torch.Generator().manual_seed(0))
+    assert len(fake.loads) == before + 1  # they are given again, since nobody knows what it holds
+
+
 def test_a_slow_server_is_given_up(fake, policy):
     let_go = threading.Event()
 
@@ -176,6 +193,13 @@ def test_a_slow_server_is_given_up(fake, policy):
         drawn(fake, policy, timeout=0.2)
     assert time.monotonic() - began < 5
     let_go.set()
+
+
+def test_a_server_that_takes_no_weights_is_told_how(fake, tiny_model):
+    policy, _ = full(*load_model(str(tiny_model), dtype=torch.float32))
+    fake.fault = lambda path, payload: (404, "no") if path == "/collective_rpc" else None
+    with pytest.raises(ValueError, match=r"collective_rpc: got status 404 .*VLLM_SERVER_DEV_MODE=1"):
+        drawn(fake, policy)
 
 
 REFUSED = [
@@ -287,7 +311,10 @@ def test_no_server_another_model_and_what_does_not_go_together(klimb, tiny_run, 
     assert "no vLLM server answers" in (text := said(**{"sampler.url": "http://127.0.0.1:9"}))
     assert "sampler ancestral" in text
     assert "expected an address such as" in said(**{"sampler.url": "localhost:8000"})
-    assert "sampler.url is missing" in said(**{"sampler.kind": "vllm"})
+    if importlib.util.find_spec("vllm") is None:
+        assert "needs the package vllm, which is not installed" in said(**{"sampler.kind": "vllm"})
+    assert "give sampler.url" in said(**{"sampler.kind": "vllm", "sampler.steps_ahead": 1})
+    assert "url" in said(**{"sampler.url": "[]"})
     assert "expected lora or full" in said(**{"sampler.url": fake.url, "family.kind": "prefix"})
     assert "a server has one model" in said(**{"sampler.url": fake.url, "reference": "elsewhere"})
     ahead = {"sampler.url": fake.url, "sampler.steps_ahead": 1, "num_replay": 0}

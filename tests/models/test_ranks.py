@@ -13,8 +13,8 @@ import torch
 from klimb.config import load
 from klimb.loaded import prepare
 from klimb.ranks import ALONE, Ranks
-from klimb.store import load_latest_checkpoint, read_draws, read_json, read_jsonl
-from ranked import ended, run, runs, started, together
+from klimb.store import load_latest_checkpoint
+from ranked import differences, ended, run, runs, started, together
 
 CONTEXT = "the film was very good and kind"
 RUNS = {
@@ -42,43 +42,6 @@ RUNS = {
         "num_replay": 0, "prompts_per_step": 3, "max_steps": 4,
     },
 }  # fmt: skip
-
-
-def flat(record, prefix=""):
-    """Every number of a record by its path, times left out."""
-    for name, x in record.items() if isinstance(record, dict) else enumerate(record):
-        if name in ("seconds", "tokens_per_second", "confidence"):
-            continue
-        if isinstance(x, dict | list):
-            yield from flat(x, f"{prefix}{name}.")
-        elif isinstance(x, int | float):
-            yield f"{prefix}{name}", float(x)
-
-
-def differences(one, two):
-    """The largest difference of each metric, estimate and piece of the checkpoint of two runs, which drew the same; relative above one."""
-    found = {}
-
-    def compare(a, b):
-        assert a.keys() == b.keys()
-        for name, x in a.items():
-            here, there = torch.as_tensor(x).double(), torch.as_tensor(b[name]).double()
-            apart = ((here - there).abs() / here.abs().clamp(min=1)).nan_to_num()
-            found[name] = max(found.get(name, 0.0), apart.max().item() if apart.numel() else 0.0)
-
-    for a, b in zip(*(read_jsonl(path / "metrics.jsonl") for path in (one, two)), strict=True):
-        compare(dict(flat(a)), dict(flat(b)))
-    if (one / "measure.json").exists():
-        compare(*(dict(flat(read_json(path / "measure.json"))) for path in (one, two)))
-    newest = [load_latest_checkpoint(path / "checkpoints") for path in (one, two)]
-    assert newest[0].state == newest[1].state
-    compare(newest[0].tensors, newest[1].tensors)
-    names = sorted(path.name for path in (one / "draws").iterdir())
-    assert names == sorted(path.name for path in (two / "draws").iterdir())
-    for name in names:
-        a, b = (read_draws(path / "draws" / name) for path in (one, two))
-        assert a.draws.texts == b.draws.texts, name
-    return found
 
 
 @pytest.fixture(scope="module")

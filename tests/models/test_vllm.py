@@ -1,9 +1,11 @@
-"""The contract of a sampler, held by the local one, by the stand-in of a vLLM server, and by vLLM itself.
+"""The contract of a sampler, held by the local one, by the stand-in of a vLLM server, and by vLLM itself, a server's and inside.
 
-The last needs an environment of its own: `make test-vllm` makes it, and says where its Python is in KLIMB_VLLM_PYTHON.
+vLLM needs an environment of its own: `make test-vllm` makes it, says where its Python is in KLIMB_VLLM_PYTHON, for a server,
+and runs these tests with that Python too, for an engine of the same process.
 """
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -20,13 +22,14 @@ from klimb.data import Example
 from klimb.models.families import full, lora
 from klimb.models.hub import load_model
 from klimb.models.soft_prompt import soft_prompt
-from klimb.samplers import vllm
+from klimb.samplers import vllm, vllm_inside
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.vllm import Vllm
+from klimb.samplers.vllm_server import Server
 
 pytest.importorskip("httpx2")
 pytest.importorskip("stamina")
-from fake_vllm import fake_vllm
+from fake_vllm import fake_engine, fake_vllm
 
 LONGEST = 6
 TOLERANCE = 1e-3  # nats a completion, float32 on both sides
@@ -82,6 +85,13 @@ def folder(tokenizer, tmp_path_factory):
     params=[
         "local",
         "stand-in",
+        "stand-in inside",
+        pytest.param(
+            "inside",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("vllm") is None, reason="make test-vllm runs this"
+            ),
+        ),
         pytest.param("vllm", marks=pytest.mark.skipif(PYTHON is None, reason="make test-vllm runs this")),
     ],
 )
@@ -92,11 +102,19 @@ def served(request, folder, tmp_path_factory):
     elif request.param == "stand-in":
         with fake_vllm(folder, ends=ENDS) as fake:
             yield SimpleNamespace(
-                kind="stand-in", make=lambda: Vllm(url=fake.url, max_completion_length=LONGEST)
+                kind="stand-in", make=lambda: Vllm(engines=[Server(fake.url)], max_completion_length=LONGEST)
+            )
+    elif "inside" in request.param:
+        with fake_engine(ends=ENDS) if "stand-in" in request.param else contextlib.nullcontext():
+            engine = vllm_inside.start(adapters(folder)[1], longest=64, memory=0.1)
+            yield SimpleNamespace(
+                kind=request.param, make=lambda: Vllm(engines=[engine], max_completion_length=LONGEST)
             )
     else:
         with real_vllm(folder, tmp_path_factory.mktemp("vllm-log") / "log") as url:
-            yield SimpleNamespace(kind="vllm", make=lambda: Vllm(url=url, max_completion_length=LONGEST))
+            yield SimpleNamespace(
+                kind="vllm", make=lambda: Vllm(engines=[Server(url)], max_completion_length=LONGEST)
+            )
 
 
 @contextlib.contextmanager
@@ -147,9 +165,13 @@ def listens(port):
 @pytest.fixture
 def adapted(folder):
     """(policy, reference), the policy's adapter moved away from zero."""
-    policy, reference = lora(*load_model(str(folder), dtype=torch.float32), r=4)
+    policy, reference = adapters(folder)
     moved(policy, 1)
     return policy, reference
+
+
+def adapters(folder):
+    return lora(*load_model(str(folder), dtype=torch.float32), r=4)
 
 
 @torch.no_grad()
@@ -269,19 +291,28 @@ def test_draws_follow_the_law_and_a_cooler_one_is_noticed(served, adapted, monke
     assert chance(served, policy, cooler) < 1e-6
 
 
-def test_a_server_of_another_model_is_found_out(served, folder):
-    sampler = served.make()
-    if not isinstance(sampler, Vllm):
+def test_another_model_is_found_out_and_all_weights_are_given_anew(served, folder):
+    """Adapters stand on a model that vLLM has to have; all weights it is given, should it hold those of a run that ended."""
+    if served.kind == "local":
         pytest.skip("the local sampler has no other model")
-    model, tokenizer = load_model(str(folder), dtype=torch.float32)
-    policy, reference = full(model, tokenizer)
-    sampler.check(reference, EXAMPLES[0])
-    moved(policy, 6, by=0.02)
+    served.make().check(adapters(folder)[1], EXAMPLES[0])
+    elsewhere = adapters(folder)[1]
+    with torch.no_grad():
+        embeddings = elsewhere.model.get_input_embeddings().weight
+        embeddings += 0.1 * torch.randn(embeddings.shape, generator=seeded())
     with pytest.raises(ValueError, match=r"differ by .* nats a token from those of the model of this run"):
-        served.make().check(policy, EXAMPLES[0])
+        served.make().check(elsewhere, EXAMPLES[0])
+    policy, reference = full(*load_model(str(folder), dtype=torch.float32))
+    moved(policy, 6, by=0.05)
+    for who in (policy, reference):
+        sampler = served.make()
+        sampler.check(who, EXAMPLES[0])
+        assert apart(sampler(who, EXAMPLES, 8, generator=seeded()), who) < TOLERANCE
 
 
 def test_virtual_tokens_are_refused(folder):
     policy, _ = soft_prompt(*load_model(str(folder), dtype=torch.float32), num_virtual_tokens=2, init=None)
     with pytest.raises(ValueError, match=r"virtual tokens, .*family lora or full"):
-        Vllm(url="http://127.0.0.1:1", max_completion_length=4)(policy, EXAMPLES, 2, generator=seeded())
+        Vllm(engines=[Server("http://127.0.0.1:1")], max_completion_length=4)(
+            policy, EXAMPLES, 2, generator=seeded()
+        )

@@ -23,6 +23,7 @@ from klimb.config.options import (
     Prefix,
     SoftPrompt,
     Teacher,
+    VllmSampler,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Prefix",
     "SoftPrompt",
     "Teacher",
+    "VllmSampler",
     "load",
     "read_yaml",
     "schema",

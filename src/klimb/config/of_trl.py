@@ -33,5 +33,7 @@ OF_TRL = {
     "use_peft": "family.kind",
     "use_weighting": "method",
     "vf_coef": "value_learning_rate",
+    "vllm_gpu_memory_utilization": "sampler.gpu_memory_utilization",
     "vllm_importance_sampling_clip_max": "importance_cap",
+    "vllm_server_base_url": "sampler.url",
 }

@@ -110,16 +110,18 @@ class OwnSampler(BaseModel):
     kind: Literal["ancestral"] = "ancestral"
 
 
-class VllmServer(BaseModel):
-    """A vLLM server of the same model draws; the policy is handed to it before it does."""
+class VllmSampler(BaseModel):
+    """vLLM draws with the same model; the policy is handed to it before it does."""
 
     model_config = STRICT
 
     kind: Literal["vllm"] = "vllm"
-    url: str
-    """its address, such as http://localhost:8000"""
+    url: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """a server's address, such as http://localhost:8000, or those of several, which share the prompts; left out: an engine of this process"""
     steps_ahead: Amount = 0
     """steps for which draws are begun beforehand, by the policy of that time, so that the server draws while the trainer learns"""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """share of the device's memory that an engine of this process takes while it draws"""
 
 
 # written out, since the table itself needs torch; a test compares the two
@@ -329,7 +331,7 @@ class Config(BaseModel):
     """which weights move"""
     shard: bool = False
     """with several processes (--nproc, torchrun): split layers, gradients and optimizer over them (FSDP2)"""
-    sampler: Annotated[OwnSampler | VllmServer, Field(discriminator="kind")] = OwnSampler()
+    sampler: Annotated[OwnSampler | VllmSampler, Field(discriminator="kind")] = OwnSampler()
     """who draws completions"""
 
     dataset_name: str
@@ -657,8 +659,8 @@ class Config(BaseModel):
             )
 
     def _samples_elsewhere(self) -> None:
-        """Refuse what a vLLM server cannot draw."""
-        if not isinstance(self.sampler, VllmServer):
+        """Refuse what vLLM cannot draw."""
+        if not isinstance(self.sampler, VllmSampler):
             return
         if not isinstance(self.family, Lora | Full):
             raise ValueError(
@@ -668,6 +670,10 @@ class Config(BaseModel):
             other = "a target.teacher" if self.reference is None else f"reference {self.reference}"
             raise ValueError(
                 f"sampler.kind vllm: got {other}, expected none: a server has one model, that of policy and reference"
+            )
+        if self.sampler.steps_ahead and self.sampler.url is None:
+            raise ValueError(
+                "sampler.steps_ahead: an engine of this process draws while nothing else happens; give sampler.url, or leave it out"
             )
         if self.sampler.steps_ahead and (
             self.learn_from == "data" or self.method == "distill" or self.dynamic_sampling

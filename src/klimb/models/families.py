@@ -157,6 +157,13 @@ def save_policy(
     policy.tokenizer.save_pretrained(folder)
 
 
+def save_base(policy: CausalPolicy, folder: str | Path) -> None:
+    """Write the model that a policy stands on, without any adapter that lies in it, as `from_pretrained` loads it."""
+    weights = policy.model.state_dict()
+    plain = {name.replace(".base_layer.", "."): x for name, x in weights.items() if ".lora_" not in name}
+    policy.model.save_pretrained(folder, safe_serialization=True, state_dict=plain)
+
+
 def whole_state(policy: CausalPolicy) -> dict[str, Tensor] | None:
     """The weights to be saved, on the CPU; None where no layer is split over ranks. All ranks call this together."""
     if policy.sharded.world == 1:

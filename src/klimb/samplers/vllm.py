@@ -1,39 +1,36 @@
-"""Draw with a vLLM server: completions come back as token ids, each with the law it was drawn from.
+"""Draw with vLLM: completions come back as token ids, each with the law it was drawn from.
 
-P prompts, G draws a prompt. The server runs by itself (`vllm serve`, on its own devices or another machine that shares a
-folder); this is the client. A policy's adapter is laid into a folder of its own, named by its contents, and the server is
-told of it; a request that names no adapter is the reference, so one engine serves both. Contents, not "the newest", name
-the adapter: requests under way keep theirs, and no memory of a prompt under older weights is taken for the present one. A
-folder stays as long as a request may name it, for vLLM reads it when a request comes, and ends altogether where it is gone.
-With every weight moving the server is told to read them all again.
+P prompts, G draws a prompt. The engines are servers (`klimb.samplers.vllm_server`) or one of this process; prompt number i of
+a step goes to engine i modulo their number, whoever asks, so the number of ranks changes nothing. A policy's adapter is laid
+into a folder of its own, named by its contents, and every engine is told of it once; a request that names no adapter is the
+reference, so one engine serves both. Contents, not "the newest", name the adapter: requests under way keep theirs, and no
+memory of a prompt under older weights is taken for the present one. A folder stays as long as a request may name it, for vLLM
+reads it when a request comes, and ends altogether where it is gone. With every weight moving the engines read them all again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from klimb.data import Draws, Example
-from klimb.models.families import save_adapter, speaking_adapter
+from klimb.data import Draws, Example, stack
+from klimb.models.families import save_adapter, speaking_adapter, whole_state
 from klimb.models.policy import CausalPolicy
-from klimb.rewards.post import check_url, post_json, shown
-from klimb.rewards.texts import optional
+from klimb.ranks import ALONE, Ranks
 
 APART = 0.1
-"""nats a token by which the server's model and ours may differ before they are called two models"""
+"""nats a token by which an engine's model and ours may differ before they are called two models"""
 ROUNDING = 1e-3
 """nats by which a log-probability may lie above zero"""
 PLAIN = {
@@ -45,66 +42,81 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-"""the law of the model itself; what is not said a server takes from generation_config.json"""
+"""the law of the model itself; what is not said vLLM takes from generation_config.json"""
 
 
-class Likelihood(BaseModel):
-    """Of one completion."""
+class Adapter(NamedTuple):
+    """One version of a policy's adapter: the name that it is served under, and the folder that it lies in."""
 
-    model_config = ConfigDict(strict=True)
+    name: str
+    folder: Path
 
-    token_logprobs: list[float]
 
+class Drawn(NamedTuple):
+    """One completion: its tokens, the law of each of them, and why vLLM says that it ended."""
 
-class Completion(BaseModel):
-    """What has to come back of each draw."""
-
-    model_config = ConfigDict(strict=True)
-
-    index: int
-    token_ids: list[int] = Field(min_length=1)
-    logprobs: Likelihood
+    token_ids: list[int]
+    log_q: list[float]
     finish_reason: str
 
 
-class Completions(BaseModel):
-    """What has to come back; what else is in it is not looked at."""
+class Engine(Protocol):
+    """What draws: a server or an engine of this process. Each of these raises ValueError, and names the engine."""
 
-    choices: list[Completion]
+    def about(self) -> str:
+        """Which one it is, for a message."""
+        ...
+
+    def begin(
+        self,
+        adapter: Adapter | None,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        num_draws: int,
+        *,
+        max_tokens: int,
+        end: Sequence[int],
+    ) -> list[Future[list[Drawn]]]:
+        """Begin to draw `num_draws` completions of each prompt under its seed, without an adapter or with one that was loaded."""
+        ...
+
+    def load(self, adapter: Adapter) -> None:
+        """Take an adapter from its folder."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter, if it is there."""
+        ...
+
+    def take_weights(self, folder: Path) -> None:
+        """Read all weights of the model again, from this folder, and remember no prompt under the old ones."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vllm:
-    """A sampler that asks a vLLM server; a policy's adapter, or all its weights, go there first.
+    """A sampler that asks vLLM; a policy's adapter, or all its weights, go there first.
 
-    The law is the policy's own: temperature 1, nothing filtered, and `log_q` is what the server says of its own draws. Each
-    prompt has a seed from the generator, so the same weights on the same server draw the same again, as far as the server's
-    rounding does not depend on what else it serves at the time.
+    The law is the policy's own: temperature 1, nothing filtered, and `log_q` is what the engine says of its own draws. Each
+    prompt has a seed from the generator, so the same weights on the same engine draw the same again, as far as its rounding
+    does not depend on what else it serves at the time.
+
+    With several ranks the first one hands the weights over while the others wait; then each asks for the completions of its
+    share of the prompts, and all get all draws. Every rank has to call this, and has to call what `begin` gives.
 
     Attributes:
-        url: of the server, such as http://localhost:8000.
+        engines: who draws.
         max_completion_length: tokens.
-        concurrency: prompts asked for at a time; the server puts them together as it can.
-        timeout: seconds for one prompt's completions.
-        patience: seconds in which a server that died may come back.
-        attempts: how often a prompt is asked for within them.
         keep: adapters that lie there at a time: the newest, and those that draws under way may name.
+        ranks: who shares the asking.
     """
 
-    url: str
+    engines: Sequence[Engine]
     max_completion_length: int
-    concurrency: int = field(default=64, compare=False)
-    timeout: float = field(default=600.0, compare=False)
-    patience: float = field(default=600.0, compare=False)
-    attempts: int = field(default=20, compare=False)
     keep: int = field(default=4, compare=False)
+    ranks: Ranks = field(default=ALONE, compare=False)
     told: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """what the server was told: its own model, adapters by name, the weights it holds, the folder they lie in"""
-
-    def __post_init__(self) -> None:
-        check_url(self.url)
-        optional("httpx2", extra="vllm")
-        optional("stamina", extra="vllm")
+    """what the engines were told: adapters by name, the weights they hold, the folder they lie in"""
 
     def __call__(
         self, policy: CausalPolicy, examples: Sequence[Example], num_draws: int, *, generator: torch.Generator
@@ -112,8 +124,8 @@ class Vllm:
         """`num_draws` completions of each example, each drawn by itself from the policy.
 
         Raises:
-            ValueError: a family that vLLM does not know; no server, one that does not take adapters or weights, that stops at
-                other tokens, or whose answer is not what was asked for; names its address.
+            ValueError: a family that vLLM does not know; no engine, one that does not take adapters or weights, that stops at
+                other tokens, or whose answer is not what was asked for; names it. On all ranks.
         """
         return self.begin(policy, examples, num_draws, generator=generator)()
 
@@ -122,220 +134,135 @@ class Vllm:
     ) -> Callable[[], Draws]:
         """Hand over the policy as it is now and begin to draw; what is returned waits for the draws.
 
-        The weights may move meanwhile. Where all of them are read again by the server, they may not, and the draws are
+        The weights may move meanwhile. Where all of them are read again by the engines, they may not, and the draws are
         waited for here.
         """
         if num_draws < 1:
             raise ValueError(f"vllm: got num_draws {num_draws}, expected at least 1")
-        adapter = speaking_adapter(policy)
-        model = self._told_of(policy, adapter)
+        wrapped = speaking_adapter(policy)
+        adapter = self._handed_over(policy, wrapped)
         seeds = torch.randint(2**62, (len(examples),), generator=generator).tolist()
         prompts = [policy.render(example) for example in examples]
-        threads = ThreadPoolExecutor(min(self.concurrency, max(len(examples), 1)))
-        asked = [
-            threads.submit(self._complete, model, prompt, num_draws, seed, policy.end)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        threads.shutdown(wait=False)
-        finish = partial(_gathered, asked, policy, list(examples))
-        if adapter is not None:
-            return finish
-        draws = finish()
-        return lambda: draws
+        mine = self.ranks.share(len(examples))
+        asked: dict[int, Future[list[Drawn]]] = {}
+        for first, engine in enumerate(self.engines):
+            numbers = [i for i in mine if i % len(self.engines) == first]
+            if numbers:
+                found = engine.begin(
+                    adapter,
+                    [prompts[i] for i in numbers],
+                    [seeds[i] for i in numbers],
+                    num_draws,
+                    max_tokens=self.max_completion_length,
+                    end=policy.end,
+                )
+                asked |= dict(zip(numbers, found, strict=True))
+        own = partial(_waited_for, [asked[i] for i in mine], policy, [examples[i] for i in mine])
+        # asked twice, by a checkpoint and by its step, it is the same
+        finish = cache(lambda: stack([part for part in self.ranks.gather(own) if part is not None]))
+        if wrapped is None:
+            finish()
+        return finish
 
     def check(self, policy: CausalPolicy, example: Example) -> None:
-        """Draw a little from a policy whose model the server should have, and compare what both say of it.
+        """Draw a little, at every engine, from a policy whose model they should have, and compare what both say of it.
 
         Raises:
-            ValueError: no server is there, or it serves another model.
+            ValueError: no engine is there, or it serves another model.
         """
-        draws = self(policy, [example], 8, generator=torch.Generator().manual_seed(0))
+        for engine, nats in zip(self.engines, self._apart(policy, example), strict=True):
+            if not nats <= APART:
+                raise ValueError(
+                    f"{engine.about()}: its log-probabilities differ by {nats:.2g} nats a token from those of the model of this "
+                    f"run; expected at most {APART:g}. Serve the same weights, not quantised, in the same dtype"
+                )
+
+    def _apart(self, policy: CausalPolicy, example: Example) -> list[float]:
+        """By how much each engine and the policy differ, nats a token; NaN is apart too."""
+        some = [example] * len(self.engines)
+        draws = self(policy, some, 8, generator=torch.Generator().manual_seed(0))
+        assert draws.packed_log_q is not None
         with torch.no_grad():
-            own = policy.log_prob(draws)
-        theirs = draws.packed_log_q
-        assert theirs is not None
-        apart = (own - theirs).abs().mean().item()
-        if not apart <= APART:
-            raise ValueError(
-                f"{self.url}: serves {self._model()!r}, whose log-probabilities differ by {apart:.2g} nats a token from those "
-                f"of the model of this run; expected at most {APART:g}. Serve the same weights, not quantised, in the same dtype"
-            )
+            differences = draws.sequence_sums((policy.log_prob(draws) - draws.packed_log_q).abs())
+        return (differences.sum(1) / draws.lengths.sum(1)).nan_to_num(torch.inf).tolist()
 
-    # What the server is told.
+    # What the engines are told.
 
-    def _told_of(self, policy: CausalPolicy, adapter: tuple[Any, str | None] | None) -> str:
-        """The name under which the server draws from this policy, after it was handed over where that is needed."""
+    def _handed_over(self, policy: CausalPolicy, wrapped: tuple[Any, str | None] | None) -> Adapter | None:
+        """Let every engine have the policy as it is now, unless it has; the adapter that it draws with there, if any."""
         if policy.num_virtual:
             raise ValueError(
-                "vllm: got a policy with virtual tokens, which no server of vLLM has; use family lora or full, or sampler ancestral"
+                "vllm: got a policy with virtual tokens, which vLLM has not; use family lora or full, or sampler ancestral"
             )
-        if adapter is None:
-            self._hand_over_weights(policy)
-            return self._model()
-        wrapped, name = adapter
-        return self._model() if name is None else self._hand_over_adapter(wrapped, name)
+        if wrapped is None:
+            state = whole_state(policy) or policy.model.state_dict()
+            self.ranks.from_first(partial(self._hand_over_weights, policy, state))
+            return None
+        model, name = wrapped
+        if name is None:
+            return None
+        state = whole_state(policy)
+        return self.ranks.from_first(partial(self._hand_over_adapter, model, name, state))
 
-    def _model(self) -> str:
-        """The name of the model without adapters."""
-        if "model" not in self.told:
-            httpx2 = optional("httpx2", extra="vllm")
-            place = f"{self.url.rstrip('/')}/v1/models"
-            try:
-                answer = httpx2.get(place, timeout=30.0)
-                found = [card["id"] for card in answer.json()["data"] if not card.get("parent")]
-                self.told["model"] = found[0]
-            except httpx2.HTTPError as error:
-                raise ValueError(
-                    f"{self.url}: no vLLM server answers ({error or type(error).__name__}); start one, vllm serve MODEL "
-                    "--enable-lora (docs/sampling.md), or use sampler ancestral"
-                ) from error
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
-                    f"{place}: got status {answer.status_code} and {shown(answer.text)}, expected vLLM's list of models; is that "
-                    "the address of a vLLM server?"
-                ) from error
-        return self.told["model"]
-
-    def _hand_over_adapter(self, wrapped: Any, name: str) -> str:
-        """Lay the adapter where the server reads it, unless it has it; its name there."""
+    def _hand_over_adapter(self, model: Any, name: str, state: dict[str, Tensor] | None) -> Adapter:
+        """Lay the adapter where the engines read it; `state` is the whole of it where layers are split."""
         from peft import get_peft_model_state_dict
 
-        weights = get_peft_model_state_dict(wrapped, adapter_name=name)
+        weights = get_peft_model_state_dict(model, adapter_name=name, state_dict=state)
         # of two runs with the same weights each has its own, which nobody else takes away
-        served = f"{self._folder().name}-{_contents(weights)}"
+        adapter_name = f"{self._folder().name}-{_contents(weights)}"
+        adapter = Adapter(adapter_name, self._folder() / adapter_name)
         adapters = self.told["adapters"]
-        if served not in adapters:
-            folder = self._folder() / served
-            save_adapter(wrapped, name, folder)
-            adapters[served] = folder
-            self._load(served)
+        if adapter.name not in adapters:
+            save_adapter(model, name, adapter.folder, **({} if state is None else {"state_dict": state}))
+            adapters[adapter.name] = adapter.folder
+            self._each(lambda engine: engine.load(adapter))
             for old in list(adapters)[: -self.keep]:
-                with contextlib.suppress(ValueError):  # a server that began anew has not got it
-                    self._post("/v1/unload_lora_adapter", {"lora_name": old})
+                self._each(lambda engine: engine.unload(old))  # noqa: B023
                 shutil.rmtree(adapters.pop(old))
-        return served
+        return adapter
 
-    def _load(self, served: str) -> None:
-        payload = {"lora_name": served, "lora_path": str(self.told["adapters"][served])}
-        try:
-            self._post("/v1/load_lora_adapter", payload)
-        except ValueError as error:
-            if "already" in str(error):  # asked twice, since the first answer was lost
-                return
-            raise ValueError(
-                f"{error}. The server has to take adapters: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora "
-                "--max-lora-rank R, and to see the folder (docs/sampling.md)"
-            ) from error
-
-    def _hand_over_weights(self, policy: CausalPolicy) -> None:
-        """Let the server read all weights again, unless it has them."""
-        contents = _contents(policy.model.state_dict())
-        held = self.told.setdefault("held", contents)  # what is checked first is what it was started with
-        if contents == held:
+    def _hand_over_weights(self, policy: CausalPolicy, state: Mapping[str, Tensor]) -> None:
+        """Let the engines read all weights again, unless they have them."""
+        contents = _contents(state)
+        if contents == self.told.get(
+            "held"
+        ):  # at first nobody knows: they may hold those of a run that ended
             return
         folder = self._folder() / "weights"
-        policy.model.save_pretrained(folder, safe_serialization=True)
-        try:
-            self._post(
-                "/collective_rpc",
-                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-            )
-            self._post("/reset_prefix_cache", {})
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. The server has to take weights: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL, on an address that "
-                "nobody else reaches (docs/sampling.md); or use family lora"
-            ) from error
+        policy.model.save_pretrained(folder, safe_serialization=True, state_dict=dict(state))
+        self.told["held"] = None  # should one of them fail
+        self._each(lambda engine: engine.take_weights(folder))
         self.told["held"] = contents
+
+    def _each(self, tell: Callable[[Engine], None]) -> None:
+        """Tell every engine something, at the same time."""
+        with ThreadPoolExecutor(len(self.engines)) as threads:
+            list(threads.map(tell, self.engines))
 
     def _folder(self) -> Path:
         """Where adapters and weights lie; it goes with this object."""
         if "folder" not in self.told:
             self.told["folder"] = folder = Path(tempfile.mkdtemp(prefix="klimb-vllm-"))
             self.told["adapters"] = {}
-            weakref.finalize(self, _take_away, self.url.rstrip("/"), self.told["adapters"], folder)
+            weakref.finalize(self, _take_away, self.engines, self.told["adapters"], folder)
         return self.told["folder"]
 
-    # What is asked.
 
-    def _complete(
-        self, model: str, prompt: list[int], num_draws: int, seed: int, end: Sequence[int]
-    ) -> list[Completion]:
-        """The completions of one prompt, by index."""
-        payload = {
-            "model": model,
-            "prompt": prompt,
-            "n": num_draws,
-            "seed": seed,
-            "max_tokens": self.max_completion_length,
-            "stop_token_ids": sorted(end),
-            "logprobs": 0,
-            "return_token_ids": True,
-            **PLAIN,
-        }
-        place = "/v1/completions"
-        try:
-            text = self._post(place, payload)
-        except ValueError as error:
-            if "status 404" not in str(error) or model not in self.told.get("adapters", {}):
-                raise
-            self._load(model)  # the server began anew and has forgotten it
-            text = self._post(place, payload)
-        return self._read(text, num_draws, end)
-
-    def _read(self, text: str, num_draws: int, end: Sequence[int]) -> list[Completion]:
-        try:
-            found = sorted(Completions.model_validate_json(text).choices, key=lambda c: c.index)
-        except ValidationError as error:
-            said = error.errors()[0]
-            raise ValueError(
-                f"{self.url}: got {shown(text)}, expected vLLM's completions with token_ids and logprobs: "
-                f"{'.'.join(map(str, said['loc']))}: {said['msg']}"
-            ) from error
-        if [c.index for c in found] != list(range(num_draws)):
-            raise ValueError(f"{self.url}: got {len(found)} completions, expected {num_draws}")
-        for c in found:
-            stopped = c.token_ids[-1] in end
-            laws = c.logprobs.token_logprobs
-            if len(laws) != len(c.token_ids) or not all(x <= ROUNDING for x in laws):
-                raise ValueError(
-                    f"{self.url}: got {len(laws)} log-probabilities, the largest {max(laws, default=0.0):.3g}, for "
-                    f"{len(c.token_ids)} tokens; expected one a token, at most 0: serve with --logprobs-mode processed_logprobs"
-                )
-            whole = stopped or len(c.token_ids) == self.max_completion_length
-            if c.finish_reason != ("stop" if stopped else "length") or not whole:
-                raise ValueError(
-                    f"{self.url}: a completion of {len(c.token_ids)} tokens ended with {c.token_ids[-1]} for the reason "
-                    f"{c.finish_reason!r}; expected one of the ends {sorted(end)}, or {self.max_completion_length} tokens: "
-                    "its generation_config.json or its context is another one"
-                )
-        return found
-
-    def _post(self, place: str, payload: dict[str, Any]) -> str:
-        httpx2 = optional("httpx2", extra="vllm")
-        with httpx2.Client() as client:
-            return post_json(
-                client,
-                self.url.rstrip("/") + place,
-                payload,
-                timeout=self.timeout,
-                attempts=self.attempts,
-                total_timeout=self.patience,
-            )
-
-
-def _gathered(
-    asked: Sequence[Future[list[Completion]]], policy: CausalPolicy, examples: Sequence[Example]
-) -> Draws:
-    """Wait for all; one failure ends it, and what has not begun is not asked for any more."""
+def _waited_for(
+    asked: Sequence[Future[list[Drawn]]], policy: CausalPolicy, examples: Sequence[Example]
+) -> Draws | None:
+    """Wait for all; one failure ends it, and what has not begun is not asked for any more. None where nothing was asked."""
+    if not asked:
+        return None
     try:
         answers = [future.result() for future in asked]
     except BaseException:
         for future in asked:
             future.cancel()
         raise
-    completions = [[torch.tensor(c.token_ids) for c in group] for group in answers]
-    per_token = [[torch.tensor(c.logprobs.token_logprobs).clamp(max=0.0) for c in group] for group in answers]
+    completions = [[torch.tensor(one.token_ids) for one in group] for group in answers]
+    per_token = [[torch.tensor(one.log_q).clamp(max=0.0) for one in group] for group in answers]
     return Draws(
         examples=examples,
         completions=completions,
@@ -348,16 +275,37 @@ def _gathered(
     )
 
 
-def _take_away(url: str, adapters: dict[str, Path], folder: Path) -> None:
-    """Let the server forget what lies in a folder, then remove it."""
-    httpx2 = optional("httpx2", extra="vllm")
+def require_whole(drawn: Sequence[Drawn], *, max_tokens: int, end: Sequence[int], about: str) -> None:
+    """Refuse completions that have no law, or that did not end where ours do.
+
+    Raises:
+        ValueError: the first of them, after the name of the engine.
+    """
+    for one in drawn:
+        stopped = one.token_ids[-1] in end
+        if len(one.log_q) != len(one.token_ids) or not all(x <= ROUNDING for x in one.log_q):
+            raise ValueError(
+                f"{about}: got {len(one.log_q)} log-probabilities, the largest {max(one.log_q, default=0.0):.3g}, for "
+                f"{len(one.token_ids)} tokens; expected one a token, at most 0: serve with --logprobs-mode processed_logprobs"
+            )
+        whole = stopped or len(one.token_ids) == max_tokens
+        if one.finish_reason != ("stop" if stopped else "length") or not whole:
+            raise ValueError(
+                f"{about}: a completion of {len(one.token_ids)} tokens ended with {one.token_ids[-1]} for the reason "
+                f"{one.finish_reason!r}; expected one of the ends {sorted(end)}, or {max_tokens} tokens: "
+                "its generation_config.json or its context is another one"
+            )
+
+
+def _take_away(engines: Sequence[Engine], adapters: dict[str, Path], folder: Path) -> None:
+    """Let the engines forget what lies in a folder, then remove it."""
     for name in adapters:
-        with contextlib.suppress(httpx2.HTTPError):  # it may be gone before us
-            httpx2.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=2.0)
+        for engine in engines:
+            engine.unload(name)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _contents(weights: dict[str, Tensor]) -> str:
+def _contents(weights: Mapping[str, Tensor]) -> str:
     """Sixteen hex digits that name these weights."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
