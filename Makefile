@@ -40,7 +40,7 @@ $(VLLM)/installed:
 
 test-vllm: install $(VLLM)/installed
 	KLIMB_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/models/test_vllm.py
-	PYTHONPATH=src VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/models/test_vllm.py -k inside -W default
+	PYTHONPATH=src VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/models/test_vllm.py tests/models/test_vllm_inside.py -k inside -W default
 
 style: install
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """An engine of this process, a stand-in of it: it sleeps while nobody draws, forgets what is old, and one that does not start is one message."""
 
+import contextlib
 import importlib.util
 import sys
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 from fake_vllm import fake_engine
+from klimb.config import load
 from klimb.data import Example
 from klimb.models.families import full, lora, save_base
 from klimb.models.hub import load_model
+from klimb.run import climb
 from klimb.samplers.vllm import Vllm
 from klimb.samplers.vllm_inside import start
+from klimb.store import read_json, read_jsonl
 
 EXAMPLES = [Example("write a review of the film"), Example("good")]
 VLLM = importlib.util.find_spec("vllm")
@@ -63,6 +67,40 @@ def test_it_is_started_with_the_model_beneath_the_adapters(loaded, tiny_model, t
     )
     assert again.keys() == plain.keys()
     assert all(torch.equal(x, plain[name]) for name, x in again.items())
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model, tmp_path_factory):
+    """The tiny model with heads as wide as vLLM takes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("wide-model")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.head_dim = 64, 32
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+REAL = pytest.mark.skipif(VLLM is None, reason="make test-vllm runs this")
+
+
+@pytest.mark.parametrize("engine", ["stand-in", pytest.param("vllm", marks=REAL)])
+@pytest.mark.parametrize("family", ["lora", "full"])
+def test_a_whole_run_draws_with_it(wide_model, tiny_run, options, monkeypatch, engine, family):
+    monkeypatch.setattr("klimb.run.report", lambda path, watch=None: None)
+    settings = {**tiny_run, "model_name_or_path": str(wide_model), "sampler.kind": "vllm", "max_steps": 3}
+    settings |= {"family.kind": family, "sampler.gpu_memory_utilization": 0.1}
+    with fake_engine(ends=[1]) if engine == "stand-in" else contextlib.nullcontext([]) as said:
+        run = climb(load(None, options(settings))).path
+    records = read_jsonl(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert all(record["sampler_error_mean"] < 1e-3 for record in records)
+    assert read_json(run / "measure.json")["kl"]["value"] > 0
+    # as often as it was woken it fell asleep, so it sleeps at the end and sleeps while the trainer learns
+    assert said.count("sleep") - said.count("wake") == (engine == "stand-in")
 
 
 @pytest.mark.skipif(VLLM is not None, reason="vllm is there")

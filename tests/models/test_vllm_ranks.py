@@ -106,3 +106,8 @@ def test_what_one_rank_is_refused_ends_all(servers, tiny_run, place, which, mess
         assert ended(started(2, refused, settings, message)) == [0, 0]
     finally:
         servers[1].fault = lambda path, payload: None
+
+
+def test_an_engine_of_each_process_is_refused(tiny_run):
+    settings = {**tiny_run, "sampler.kind": "vllm"}
+    assert ended(started(2, refused, settings, "without a url.*got 2 processes, expected one")) == [0, 0]

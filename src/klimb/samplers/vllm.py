@@ -225,9 +225,8 @@ class Vllm:
     def _hand_over_weights(self, policy: CausalPolicy, state: Mapping[str, Tensor]) -> None:
         """Let the engines read all weights again, unless they have them."""
         contents = _contents(state)
-        if contents == self.told.get(
-            "held"
-        ):  # at first nobody knows: they may hold those of a run that ended
+        # at first nobody knows what they hold: it may be the weights of a run that ended
+        if contents == self.told.get("held"):
             return
         folder = self._folder() / "weights"
         policy.model.save_pretrained(folder, safe_serialization=True, state_dict=dict(state))
