@@ -39,7 +39,7 @@ $(VLLM)/installed:
 	touch $@
 
 test-vllm: install $(VLLM)/installed
-	KLIMB_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/models/test_vllm.py
+	KLIMB_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/models/test_vllm.py tests/models/test_vllm_ranks.py
 	PYTHONPATH=src VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/models/test_vllm.py tests/models/test_vllm_inside.py -k inside -W default
 
 style: install

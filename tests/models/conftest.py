@@ -275,3 +275,18 @@ def plain_kernels(monkeypatch):
 
     monkeypatch.setattr(fused_attention, "run_forward", forward)
     monkeypatch.setattr(fused_attention, "run_backward", backward)
+
+
+@pytest.fixture(scope="session")
+def wide_model(tiny_model, tmp_path_factory):
+    """The tiny model with heads as wide as vLLM takes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("wide-model")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.hidden_size, config.head_dim = 64, 32
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder

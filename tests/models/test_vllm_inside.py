@@ -69,21 +69,6 @@ def test_it_is_started_with_the_model_beneath_the_adapters(loaded, tiny_model, t
     assert all(torch.equal(x, plain[name]) for name, x in again.items())
 
 
-@pytest.fixture(scope="module")
-def wide_model(tiny_model, tmp_path_factory):
-    """The tiny model with heads as wide as vLLM takes them."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("wide-model")
-    config = AutoConfig.from_pretrained(tiny_model)
-    config.hidden_size, config.head_dim = 64, 32
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 REAL = pytest.mark.skipif(VLLM is None, reason="make test-vllm runs this")
 
 

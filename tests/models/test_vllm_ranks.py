@@ -15,6 +15,7 @@ from ranked import differences, ended, run, runs, started, together
 pytest.importorskip("httpx2")
 pytest.importorskip("stamina")
 from fake_vllm import fake_vllm
+from real_vllm import PYTHON, real_vllm
 
 RUNS = {
     "one server, a step ahead": {"servers": 1, "sampler.steps_ahead": 1, "eval_steps": 3, "eval_draws": 8},
@@ -111,3 +112,17 @@ def test_what_one_rank_is_refused_ends_all(servers, tiny_run, place, which, mess
 def test_an_engine_of_each_process_is_refused(tiny_run):
     settings = {**tiny_run, "sampler.kind": "vllm"}
     assert ended(started(2, refused, settings, "without a url.*got 2 processes, expected one")) == [0, 0]
+
+
+@pytest.mark.skipif(PYTHON is None, reason="make test-vllm runs this")
+def test_two_ranks_draw_from_vllm_itself(wide_model, tiny_run, tmp_path):
+    """Its rounding depends on what else it draws, so only the law can be compared."""
+    settings = {**tiny_run, "model_name_or_path": str(wide_model), "sampler.kind": "vllm", "shard": True}
+    with real_vllm(wide_model, tmp_path / "log") as url:
+        for family in ("lora", "full"):
+            changes = {"family.kind": family, "sampler.url": url, "output_dir": str(tmp_path / family)}
+            together(2, run, {**settings, **changes})
+            records = read_jsonl(tmp_path / family / "metrics.jsonl")
+            assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+            assert all(record["sampler_error_mean"] < 1e-3 for record in records)
+            assert records[-1]["kl"]["value"] > 0.01  # they drew from weights that had moved

@@ -688,7 +688,7 @@ class Config(BaseModel):
             "family.kind full": isinstance(self.family, Full),
             "method reward_model": self.method == "reward_model",
             "shard": self.shard,
-            "sampler.kind vllm": isinstance(self.sampler, VllmServer),
+            "sampler.kind vllm": isinstance(self.sampler, VllmSampler),
         }
         got = [name for name, there in refused.items() if there]
         if self.dtype == "nf4" and got:
