@@ -179,9 +179,7 @@ def _sampler(
             urls = [asked.url] if isinstance(asked.url, str) else asked.url
             # what one rank lacks (a package) is said by all, before they speak of anything else
             engines = ranks.together(lambda: [Server(url) for url in urls])
-        sampler: Any = Vllm(
-            engines=engines, max_completion_length=length, keep=asked.steps_ahead + 3, ranks=ranks
-        )
+        sampler: Any = Vllm(engines=engines, max_completion_length=length, keep=asked.steps_ahead + 3)
         sampler.check(reference, example)
     except ValueError as error:
         raise ValueError(f"sampler: {error}") from error

@@ -109,6 +109,9 @@ def draw_pool(
         ValueError: a sampler of another law; what sampler, reward or `parts` refuse.
     """
     ranks, seed = getattr(policy, "ranks", ALONE), seed_of(generator)
+    hand_over = getattr(sampler, "handed_over", None)
+    if hand_over is not None:  # an engine elsewhere has the policy before each rank draws by itself
+        sampler = hand_over(policy)
     draw = partial(draw_block, examples, sampler=sampler, num_draws=num_draws, seed=seed)
     every = blocks(len(examples), num_draws)
     kept = {} if parts is None else ranks.from_first(partial(_kept, parts, examples))

@@ -1,7 +1,7 @@
 """Draw with vLLM: completions come back as token ids, each with the law it was drawn from.
 
-P prompts, G draws a prompt. The engines are servers (`klimb.samplers.vllm_server`) or one of this process; prompt number i of
-a step goes to engine i modulo their number, whoever asks, so the number of ranks changes nothing. A policy's adapter is laid
+P prompts, G draws a prompt. The engines are servers (`klimb.samplers.vllm_server`) or one of this process; prompts go to them in
+turn, whoever asks, so the number of ranks changes nothing. A policy's adapter is laid
 into a folder of its own, named by its contents, and every engine is told of it once; a request that names no adapter is the
 reference, so one engine serves both. Contents, not "the newest", name the adapter: requests under way keep theirs, and no
 memory of a prompt under older weights is taken for the present one. A folder stays as long as a request may name it, for vLLM
@@ -24,10 +24,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from klimb.data import Draws, Example, stack
+from klimb.data import Draws, Example, Sampler, stack
 from klimb.models.families import save_adapter, speaking_adapter, whole_state
 from klimb.models.policy import CausalPolicy
-from klimb.ranks import ALONE, Ranks
 
 APART = 0.1
 """nats a token by which an engine's model and ours may differ before they are called two models"""
@@ -101,20 +100,18 @@ class Vllm:
     prompt has a seed from the generator, so the same weights on the same engine draw the same again, as far as its rounding
     does not depend on what else it serves at the time.
 
-    With several ranks the first one hands the weights over while the others wait; then each asks for the completions of its
-    share of the prompts, and all get all draws. Every rank has to call this, and has to call what `begin` gives.
+    With several ranks (those of the policy) the first one hands the weights over while the others wait; then each asks for the
+    completions of its share of the prompts, and all get all draws. Every rank has to call this, and has to call what `begin` gives.
 
     Attributes:
         engines: who draws.
         max_completion_length: tokens.
         keep: adapters that lie there at a time: the newest, and those that draws under way may name.
-        ranks: who shares the asking.
     """
 
     engines: Sequence[Engine]
     max_completion_length: int
     keep: int = field(default=4, compare=False)
-    ranks: Ranks = field(default=ALONE, compare=False)
     told: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """what the engines were told: adapters by name, the weights they hold, the folder they lie in"""
 
@@ -137,32 +134,22 @@ class Vllm:
         The weights may move meanwhile. Where all of them are read again by the engines, they may not, and the draws are
         waited for here.
         """
-        if num_draws < 1:
-            raise ValueError(f"vllm: got num_draws {num_draws}, expected at least 1")
-        wrapped = speaking_adapter(policy)
-        adapter = self._handed_over(policy, wrapped)
-        seeds = torch.randint(2**62, (len(examples),), generator=generator).tolist()
-        prompts = [policy.render(example) for example in examples]
-        mine = self.ranks.share(len(examples))
-        asked: dict[int, Future[list[Drawn]]] = {}
-        for first, engine in enumerate(self.engines):
-            numbers = [i for i in mine if i % len(self.engines) == first]
-            if numbers:
-                found = engine.begin(
-                    adapter,
-                    [prompts[i] for i in numbers],
-                    [seeds[i] for i in numbers],
-                    num_draws,
-                    max_tokens=self.max_completion_length,
-                    end=policy.end,
-                )
-                asked |= dict(zip(numbers, found, strict=True))
-        own = partial(_waited_for, [asked[i] for i in mine], policy, [examples[i] for i in mine])
-        # asked twice, by a checkpoint and by its step, it is the same
-        finish = cache(lambda: stack([part for part in self.ranks.gather(own) if part is not None]))
-        if wrapped is None:
+        adapter = self._hand_over(policy)
+        finish = self._begin(adapter, policy, examples, num_draws, generator=generator)
+        if speaking_adapter(policy) is None:
             finish()
         return finish
+
+    def handed_over(self, policy: CausalPolicy) -> Sampler:
+        """What draws from the policy as it is now, and each rank may call by itself; all ranks call this together."""
+        adapter = self._hand_over(policy)
+
+        def draw(
+            policy: Any, examples: Sequence[Example], num_draws: int, *, generator: torch.Generator
+        ) -> Draws:
+            return self._begin(adapter, policy, examples, num_draws, generator=generator)()
+
+        return draw
 
     def check(self, policy: CausalPolicy, example: Example) -> None:
         """Draw a little, at every engine, from a policy whose model they should have, and compare what both say of it.
@@ -170,39 +157,72 @@ class Vllm:
         Raises:
             ValueError: no engine is there, or it serves another model.
         """
-        for engine, nats in zip(self.engines, self._apart(policy, example), strict=True):
-            if not nats <= APART:
+        adapter = self._hand_over(policy)
+        for engine in self.engines:
+            generator = torch.Generator().manual_seed(0)
+            draws = self._begin(adapter, policy, [example], 8, generator=generator, engines=[engine])()
+            assert draws.packed_log_q is not None
+            with torch.no_grad():
+                apart = (policy.log_prob(draws) - draws.packed_log_q).abs().mean().item()
+            if not apart <= APART:
                 raise ValueError(
-                    f"{engine.about()}: its log-probabilities differ by {nats:.2g} nats a token from those of the model of this "
+                    f"{engine.about()}: its log-probabilities differ by {apart:.2g} nats a token from those of the model of this "
                     f"run; expected at most {APART:g}. Serve the same weights, not quantised, in the same dtype"
                 )
 
-    def _apart(self, policy: CausalPolicy, example: Example) -> list[float]:
-        """By how much each engine and the policy differ, nats a token; NaN is apart too."""
-        some = [example] * len(self.engines)
-        draws = self(policy, some, 8, generator=torch.Generator().manual_seed(0))
-        assert draws.packed_log_q is not None
-        with torch.no_grad():
-            differences = draws.sequence_sums((policy.log_prob(draws) - draws.packed_log_q).abs())
-        return (differences.sum(1) / draws.lengths.sum(1)).nan_to_num(torch.inf).tolist()
+    def _begin(
+        self,
+        adapter: Adapter | None,
+        policy: CausalPolicy,
+        examples: Sequence[Example],
+        num_draws: int,
+        *,
+        generator: torch.Generator,
+        engines: Sequence[Engine] = (),
+    ) -> Callable[[], Draws]:
+        """Ask for this rank's share; what is returned waits for all ranks'."""
+        if num_draws < 1:
+            raise ValueError(f"vllm: got num_draws {num_draws}, expected at least 1")
+        engines, ranks = engines or self.engines, policy.ranks
+        seeds = torch.randint(2**62, (len(examples),), generator=generator).tolist()
+        prompts = [policy.render(example) for example in examples]
+        mine = ranks.share(len(examples))
+        asked: dict[int, Future[list[Drawn]]] = {}
+        for number, engine in enumerate(engines):
+            # in turn, from one that chance names: blocks of one prompt must not all go to the first
+            turn = [i for i in mine if (i + seeds[0]) % len(engines) == number]
+            if turn:
+                found = engine.begin(
+                    adapter,
+                    [prompts[i] for i in turn],
+                    [seeds[i] for i in turn],
+                    num_draws,
+                    max_tokens=self.max_completion_length,
+                    end=policy.end,
+                )
+                asked |= dict(zip(turn, found, strict=True))
+        own = partial(_waited_for, [asked[i] for i in mine], policy, [examples[i] for i in mine])
+        # asked twice, by a checkpoint and by its step, it is the same
+        return cache(lambda: stack([part for part in ranks.gather(own) if part is not None]))
 
     # What the engines are told.
 
-    def _handed_over(self, policy: CausalPolicy, wrapped: tuple[Any, str | None] | None) -> Adapter | None:
+    def _hand_over(self, policy: CausalPolicy) -> Adapter | None:
         """Let every engine have the policy as it is now, unless it has; the adapter that it draws with there, if any."""
         if policy.num_virtual:
             raise ValueError(
                 "vllm: got a policy with virtual tokens, which vLLM has not; use family lora or full, or sampler ancestral"
             )
+        wrapped = speaking_adapter(policy)
         if wrapped is None:
             state = whole_state(policy) or policy.model.state_dict()
-            self.ranks.from_first(partial(self._hand_over_weights, policy, state))
+            policy.ranks.from_first(partial(self._hand_over_weights, policy, state))
             return None
         model, name = wrapped
         if name is None:
             return None
         state = whole_state(policy)
-        return self.ranks.from_first(partial(self._hand_over_adapter, model, name, state))
+        return policy.ranks.from_first(partial(self._hand_over_adapter, model, name, state))
 
     def _hand_over_adapter(self, model: Any, name: str, state: dict[str, Tensor] | None) -> Adapter:
         """Lay the adapter where the engines read it; `state` is the whole of it where layers are split."""
