@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+LOCK = threading.Lock()
+"""requests to all stand-ins come one after the other: transformers loads a model by changing itself and torch for all threads"""
+
 
 @contextlib.contextmanager
 def fake_vllm(model_folder, *, ends):
@@ -40,7 +43,6 @@ def fake_vllm(model_folder, *, ends):
         change=lambda answer: answer,
         ends=set(ends),
     )
-    lock = threading.Lock()
 
     def answer(path, payload):
         if path == "/v1/load_lora_adapter":
@@ -70,7 +72,7 @@ def fake_vllm(model_folder, *, ends):
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/collective_rpc":
                 time.sleep(0.05)  # who does not wait for the new weights draws from the old ones
-            with lock:  # one after the other; and transformers loads models by changing torch for all threads
+            with LOCK:
                 fault = fake.fault(self.path, payload)
                 said = None if fault == "die" else fault or answer(self.path, payload)
             if said is None:
