@@ -134,9 +134,9 @@ def _carried_out(drawn: Any) -> None:
             pass
     except Exception as error:
         cause: Any = error
-        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-            cause = inner
-        if not isinstance(cause, ValueError):
+        while cause is not None and (not isinstance(cause, ValueError) or hasattr(cause, "cause")):
+            cause = getattr(cause, "cause", None) or cause.__cause__  # Ray's own wrap ours
+        if cause is None:
             raise
         raise ValueError(
             f"plan_over_ray: {cause}; what was drawn before is kept, and resume goes on"
