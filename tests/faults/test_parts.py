@@ -41,7 +41,7 @@ SLOW = '''
 import time
 def good(completions, **columns):
     """Share of kind words, after a while."""
-    time.sleep(0.15)
+    time.sleep(0.1)
     said = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [sum(w in ("good", "great", "fine", "kind", "warm") for w in s.split()) / 4 for s in said]
 '''
@@ -123,12 +123,18 @@ def whole(slow, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def half(slow, tmp_path):
+@pytest.fixture(scope="module")
+def killed(slow, tmp_path_factory):
     """A plan killed with three of its eight parts there, or a few more."""
-    run = tmp_path / "half"
+    run = tmp_path_factory.mktemp("killed") / "run"
     killed_at([alone(plan, {**slow, "output_dir": str(run)})], lambda: len(parts_of(run)) >= 3)
     return run
+
+
+@pytest.fixture
+def half(killed, tmp_path):
+    """A copy of it."""
+    return Path(shutil.copytree(killed, tmp_path / "half"))
 
 
 @pytest.fixture
