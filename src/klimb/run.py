@@ -411,8 +411,9 @@ def _began(loaded: Loaded, path: Path, resume: bool) -> None:
     config = loaded.config
     if resume:
         written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        # the plan has put a beta in the place of a budget, and a directory may have been moved
-        settled = {name: written.get(name) for name in (*DESTINATIONS, "output_dir")}
+        # a directory may have been moved, and a plan that is done has put a beta in the place of a budget
+        half = any(folder.stem == "plan" for folder, _ in store.unfinished(path))
+        settled = {name: written.get(name) for name in ("output_dir", *(() if half else DESTINATIONS))}
         store.create_run(path, config={**config.model_dump(), **settled}, resume=True)
     else:
         # as asked until the plan has found beta

@@ -41,7 +41,6 @@ def test_another_model_is_the_reference(klimb, tiny_run, other_model, options):
     steps = read_jsonl(run / "metrics.jsonl")
     assert steps[0]["kl"]["value"] > 0.5
     kl = [step["kl"]["value"] for step in steps]
-    print(kl)
     assert sum(kl[-4:]) < 0.9 * sum(kl[:4])  # it climbs towards the reference's tilt
     measured_again(klimb, run, read_json(run / "measure.json")["kl"]["value"])
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from klimb.config import Config
 from klimb.loaded import prepare
 from klimb.planning import plan_block, plan_parts
@@ -116,7 +118,11 @@ def plan_over_ray(config: Config, *, num_workers: int, use_gpu: bool = False, re
                 concurrency=num_workers,
                 num_gpus=1 if use_gpu else 0,
             )
-            _carried_out(drawn)
+            for row in drawn.iter_rows():
+                if row["wrong"]:
+                    raise ValueError(
+                        f"plan_over_ray: {row['wrong']}; what was drawn before is kept, and resume goes on"
+                    )
         missing = len(every) - len(parts.done())
         if missing:
             raise ValueError(
@@ -125,22 +131,6 @@ def plan_over_ray(config: Config, *, num_workers: int, use_gpu: bool = False, re
             )
     run_plan(config, resume=True)
     return Path(config.output_dir)
-
-
-def _carried_out(drawn: Any) -> None:
-    """Wait for all of it; a worker's mistake in its own words."""
-    try:
-        for _ in drawn.iter_batches(batch_size=None):
-            pass
-    except Exception as error:
-        cause: Any = error
-        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-            cause = inner
-        if not isinstance(cause, ValueError):
-            raise
-        raise ValueError(
-            f"plan_over_ray: {cause}; what was drawn before is kept, and resume goes on"
-        ) from error
 
 
 class _Drawer:
@@ -153,10 +143,15 @@ class _Drawer:
         self.unscored: list[str] = []
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
-            block = range(start, stop)
-            self.parts.write(block, plan_block(self.loaded, block, unscored=self.unscored))
-        return {"stop": batch["stop"]}
+        """Draw these blocks; what a person has to be told if it cannot be done, which Ray would wrap up."""
+        wrong = ""
+        try:
+            for start, stop in zip(batch["start"].tolist(), batch["stop"].tolist(), strict=True):
+                block = range(start, stop)
+                self.parts.write(block, plan_block(self.loaded, block, unscored=self.unscored))
+        except ValueError as error:
+            wrong = str(error)
+        return {"wrong": np.array([wrong])}
 
 
 def _work(given: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ checkpoints.py   what a training goes on from
 
 from klimb.store.checkpoints import Checkpoint, list_checkpoints, load_latest_checkpoint, save_checkpoint
 from klimb.store.draws import StoredDraws, read_draws, write_draws, write_pool
-from klimb.store.parts import StoredParts, begin_parts, remove_parts
+from klimb.store.parts import StoredParts, begin_parts, remove_parts, unfinished
 from klimb.store.rows import check_new, write_rows
 from klimb.store.run import (
     check_free,
@@ -67,6 +67,7 @@ __all__ = [
     "save_checkpoint",
     "truncate_jsonl",
     "undo_run",
+    "unfinished",
     "write_directory_whole",
     "write_draws",
     "write_json",
