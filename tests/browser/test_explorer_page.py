@@ -2,13 +2,10 @@
 
 import math
 import re
-import shutil
+from functools import partial
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 RIGHT = {"why-z", "order", "larger-beta", "two-directions", "compute", "variant", "loss", "mediocre"}
 
 
@@ -19,33 +16,10 @@ def explorer(tmp_path_factory):
     return write_explorer(tmp_path_factory.mktemp("explorer") / "page.html")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def opened(browser, explorer):
-    """Open the page at a width, with the network blocked: the page, and what the console said."""
-    contexts = []
-
-    def at(width=1440, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page, said = context.new_page(), []
-        page.route("http*://**", lambda route: (said.append(route.request.url), route.abort()))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(explorer.as_uri())
-        page.wait_for_selector("#chart-students svg")
-        return page, said
-
-    yield at
-    for context in contexts:
-        context.close()
+def opened(open_page, explorer):
+    """Open the explorer at a width."""
+    return partial(open_page, explorer)
 
 
 def number(page, element):
@@ -55,13 +29,12 @@ def number(page, element):
 @pytest.mark.parametrize(
     ("width", "scheme"), [(1440, "light"), (1440, "dark"), (360, "light"), (360, "dark")]
 )
-def test_it_opens_quietly_and_nothing_overflows(opened, width, scheme):
-    page, said = opened(width, scheme)
-    assert said == []
+def test_it_opens_quietly_and_nothing_overflows(opened, complaints, width, scheme):
+    page = opened(width=width, scheme=scheme)
+    assert page.errors == []
+    assert page.asked == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    found = axe.Axe().run(page).response["violations"]
-    assert [(v["id"], [node["target"] for node in v["nodes"]][:3]) for v in found] == []
+    assert complaints(page) == []
 
 
 def test_it_is_small(explorer):
@@ -69,7 +42,7 @@ def test_it_is_small(explorer):
 
 
 def test_the_slider_moves_the_best_policy_and_both_sides_stay_equal(opened):
-    page, _ = opened()
+    page = opened()
     seen = []
     for exponent in (-1.0, -0.3, 1.0):
         page.fill("#beta", str(exponent))
@@ -86,7 +59,7 @@ def test_the_slider_moves_the_best_policy_and_both_sides_stay_equal(opened):
 
 
 def test_a_constant_moves_log_z_and_not_p(opened):
-    page, _ = opened()
+    page = opened()
     page.fill("#shift", "1.5")
     said = page.inner_text("#shift-says")
     assert "by c/β = 2.993" in said or "by c/β = 3.0" in said or "by c/β = 2.99" in said
@@ -94,7 +67,7 @@ def test_a_constant_moves_log_z_and_not_p(opened):
 
 
 def test_the_two_directions_end_apart_and_a_prompt_does_not_reach_p(opened):
-    page, _ = opened()
+    page = opened()
     forward = page.inner_text("#student-says")
     page.select_option("#loss", "reverse")
     assert page.inner_text("#student-says") != forward
@@ -135,7 +108,7 @@ def answer(page, name, right):
 
 @pytest.mark.parametrize("name", sorted(RIGHT))
 def test_each_exercise_knows_right_from_wrong_and_says_why(opened, name):
-    page, said = opened()
+    page = opened()
     wrong = answer(page, name, right=False)
     assert wrong.startswith("✗ Not quite."), wrong
     assert len(wrong) > 60
@@ -144,12 +117,12 @@ def test_each_exercise_knows_right_from_wrong_and_says_why(opened, name):
     assert page.inner_text("#solved") == "1 of 8 solved."
     page.click(f"#exercise-{name} button:text('other numbers')")
     assert answer(page, name, right=True).startswith("✓ Right.")
-    assert said == []
+    assert page.errors == []
 
 
 @pytest.mark.parametrize("name", ["why-z", "two-directions", "loss", "mediocre"])
 def test_the_place_of_an_option_does_not_give_the_answer_away(opened, name):
-    page, _ = opened()
+    page = opened()
     box, places, asked = f"#exercise-{name}", set(), set()
     for _ in range(12):
         right = page.eval_on_selector(box, "form => form.made.right[0]")
@@ -162,7 +135,7 @@ def test_the_place_of_an_option_does_not_give_the_answer_away(opened, name):
 
 
 def test_rewards_that_are_all_alike_leave_nothing_to_climb(opened):
-    page, said = opened()
+    page = opened()
     for row in range(6):
         page.locator("#rows .row").nth(row).locator("input").nth(1).fill("1.5")
     assert page.inner_text("#share").startswith("nothing to climb")
@@ -170,11 +143,11 @@ def test_rewards_that_are_all_alike_leave_nothing_to_climb(opened):
         assert page.inner_text(text).startswith("All rewards are alike")
     page.click("#exercise-mediocre button:text('other numbers')")  # numbers of its own, whatever the sliders
     assert answer(page, "mediocre", right=True).startswith("✓ Right.")
-    assert said == []
+    assert page.errors == []
 
 
 def test_keys_are_enough(opened):
-    page, _ = opened()
+    page = opened()
     page.focus("#beta")
     before = number(page, "n-bestReward")
     for _ in range(20):
@@ -183,7 +156,7 @@ def test_keys_are_enough(opened):
 
 
 def test_the_slider_of_beta_says_beta(opened):
-    page, _ = opened()
+    page = opened()
     page.fill("#beta", "1")
     assert page.get_attribute("#beta", "aria-valuetext") == page.inner_text("#beta-value") == "10.00"
 
@@ -236,7 +209,7 @@ def is_variant(asks):
     ],
 )
 def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
-    page, _ = opened()
+    page = opened()
     box = f"#exercise-{name}"
     for _ in range(12):
         asks = page.inner_text(f"{box} legend")
@@ -252,7 +225,7 @@ def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
 
 
 def test_a_larger_beta_spends_and_earns_less_and_a_smaller_one_more(opened):
-    page, _ = opened()
+    page = opened()
     box = "#exercise-larger-beta"
     for _ in range(6):
         before, after = re.search(

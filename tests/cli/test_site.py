@@ -170,18 +170,6 @@ def test_what_a_page_would_fetch_is_found():
     assert FETCHED.search("src:url(https://fonts.gstatic.com/a.woff2)")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 def test_pages_open_from_a_file_without_a_network(site, browser):
     context = browser.new_context(offline=True)
     page = context.new_page()

@@ -105,7 +105,7 @@ const views = {};
 
 function chart(name, spec) {
   // ast: expressions are interpreted, so that the page's policy need not allow eval
-  vegaEmbed(`#chart-${name}`, { ...common, ...spec }, { actions: false, renderer: "svg", ast: true }).then(({ view }) => {
+  return vegaEmbed(`#chart-${name}`, { ...common, ...spec }, { actions: false, renderer: "svg", ast: true }).then(({ view }) => {
     views[name] = view;
     update();
   });
@@ -120,7 +120,7 @@ function redraw(name, data) {
 
 const KINDS = ["ref", "p at this β", "π, yours"];
 const reach = { x: { field: "kl", type: "quantitative", title: "KL(policy ‖ ref), nats" }, y: { field: "reward", type: "quantitative", title: "E[reward]" } };
-chart("frontier", {
+const frontierDrawn = chart("frontier", {
   layer: [
     { data: { name: "curve" }, mark: { type: "line", aria: false, stroke: "var(--accent)", strokeWidth: 2.5 }, encoding: { ...reach, order: { field: "kl" } } },
     {
@@ -136,7 +136,7 @@ chart("frontier", {
   datasets: { curve: [{ kl: 0, reward: 0 }, { kl: 1, reward: 1 }], points: [{ who: KINDS[0], kl: 0, reward: 0 }] }, // until they are computed
 });
 const LAWS = ["teacher", "student"];
-chart("students", {
+const studentsDrawn = chart("students", {
   data: { name: "laws" },
   mark: { type: "line", aria: false, strokeWidth: 2.5 },
   encoding: {
@@ -242,3 +242,4 @@ function update() {
   put("prompt-says", part.share === null ? "All rewards are alike: there is nothing to climb." : `With this prompt the model earns ${round(part.reward)} at ${round(part.kl)} nats and has gone ${percent(part.share)} of the way. The best prompt goes ${percent(reached)}: what is left is not a matter of training longer, the family does not hold p.`);
 }
 update();
+Promise.all([frontierDrawn, studentsDrawn]).then(() => (document.documentElement.dataset.ready = "1"));
