@@ -19,8 +19,11 @@ from transformers import (
 )
 
 from klimb.data import Draws, Example
-from klimb.rewards.load import check_informative, load_reward, reward_name, score, source_hash, weighted_sum
+from klimb.rewards.load import load_reward
 from klimb.rewards.model import model_reward
+from klimb.rewards.score import check_informative, score
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import reward_name, weighted_sum
 from klimb.target import LogRatio, MixtureRatio, forbid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
