@@ -5,8 +5,14 @@ import re
 from functools import partial
 
 import pytest
+import torch
 
-RIGHT = {"why-z", "order", "larger-beta", "two-directions", "compute", "variant", "loss", "mediocre"}
+from klimb.exact.divergences import generalized_jensen_shannon, skew_kl
+
+RIGHT = {
+    *("why-z", "order", "larger-beta", "two-directions", "compute"),
+    *("variant", "loss", "soften", "share", "mediocre"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +120,13 @@ def test_each_exercise_knows_right_from_wrong_and_says_why(opened, name):
     assert len(wrong) > 60
     right = answer(page, name, right=True)
     assert right.startswith("✓ Right."), right
-    assert page.inner_text("#solved") == "1 of 8 solved."
+    assert page.inner_text("#solved") == "1 of 10 solved."
     page.click(f"#exercise-{name} button:text('other numbers')")
     assert answer(page, name, right=True).startswith("✓ Right.")
     assert page.errors == []
 
 
-@pytest.mark.parametrize("name", ["why-z", "two-directions", "loss", "mediocre"])
+@pytest.mark.parametrize("name", ["why-z", "two-directions", "loss", "share", "mediocre"])
 def test_the_place_of_an_option_does_not_give_the_answer_away(opened, name):
     page = opened()
     box, places, asked = f"#exercise-{name}", set(), set()
@@ -153,6 +159,59 @@ def test_keys_are_enough(opened):
     for _ in range(20):
         page.keyboard.press("ArrowLeft")
     assert number(page, "n-bestReward") > before
+
+
+LIVE = "[role=status], [role=alert], [role=log], output, [aria-live]:not([aria-live=off])"
+HEARD = """(live) => {
+    window.hear?.disconnect();
+    window.heard = [];
+    window.hear = new MutationObserver((all) => window.heard.push(...new Set(all.map((m) => m.target.textContent))));
+    for (const x of document.querySelectorAll(live)) window.hear.observe(x, { childList: true, characterData: true, subtree: true });
+}"""
+
+
+def test_a_screen_reader_hears_where_a_slider_came_to_rest_and_not_every_step(opened):
+    page = opened()
+
+    def heard(slider, key):
+        page.evaluate(HEARD, LIVE)
+        page.focus(slider)
+        for _ in range(15):
+            page.keyboard.press(key)
+        page.wait_for_timeout(1000)
+        return page.evaluate("window.heard")
+
+    assert page.inner_text("#settled") == ""  # nothing is said of a page that only opened
+    for slider, says in (
+        ("#beta", "#says"),
+        ("#shift", "#shift-says"),
+        ("#s", "#student-says"),
+        ("#t", "#prompt-says"),
+    ):
+        if slider == "#s":
+            page.select_option("#loss", "jsd")
+        page.wait_for_timeout(800)
+        assert len(heard(slider, "ArrowLeft")) == 1
+        assert page.text_content("#settled") == page.text_content(says)
+    page.evaluate("document.getElementById('says').setAttribute('role', 'status')")  # as it was: the mutant
+    assert len(heard("#beta", "ArrowRight")) > 5
+
+
+def test_the_loss_menu_shows_its_words_whole(opened):
+    """The widest option, with the arrow of the menu, fits into it: at its edge words would be cut."""
+    for width in (360, 900, 1440):
+        page = opened(width=width)
+        wide, room = page.eval_on_selector(
+            "#loss",
+            """(menu) => {
+                const style = getComputedStyle(menu), pen = document.createElement("canvas").getContext("2d");
+                pen.font = `${style.fontSize} ${style.fontFamily}`;
+                const widest = Math.max(...[...menu.options].map((option) => pen.measureText(option.text).width));
+                const own = menu.getBoundingClientRect(), around = menu.closest(".controls").getBoundingClientRect();
+                return [widest + 24, Math.min(own.right, around.right) - own.left - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight)];
+            }""",
+        )
+        assert wide <= room
 
 
 def test_the_slider_of_beta_says_beta(opened):
@@ -191,6 +250,26 @@ def is_loss(asks):
     return "KL(student‖teacher)" if "never says" in asks else "KL(teacher‖student)"
 
 
+def is_soften(asks):
+    """The loss by klimb's own divergences, from the numbers of the question."""
+    teacher, student = (torch.tensor(numbers_in(x)).log() for x in re.findall(r"\(([\d., ]+)\)", asks)[:2])
+    share = float(re.search(r"at s = ([\d.]+\d)", asks)[1])
+    if "+ (1 − s) KL(student‖m)" in asks:
+        return generalized_jensen_shannon(teacher, student, share=share).item()
+    if "KL(teacher‖m)" in asks:
+        return skew_kl(teacher, student, share=share).item()
+    assert "KL(student‖m), m = s · student" in asks
+    return skew_kl(student, teacher, share=share).item()
+
+
+def is_share(asks):
+    """In the limit: which law the mixture stands for, and under which law the mean is."""
+    share = float(re.search(r"s = ([\d.]+\d)", asks)[1])
+    if "Jensen–Shannon" in asks:
+        return "Over both" if share < 0.5 else "In one"
+    return "Over both" if "KL(teacher‖s · teacher" in asks else "In one"
+
+
 def is_variant(asks):
     from klimb.exact.variants import VARIANTS
 
@@ -206,6 +285,8 @@ def is_variant(asks):
         ("loss", is_loss),
         ("mediocre", is_cause),
         ("compute", is_target),
+        ("soften", is_soften),
+        ("share", is_share),
     ],
 )
 def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
@@ -213,7 +294,7 @@ def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
     box = f"#exercise-{name}"
     for _ in range(12):
         asks = page.inner_text(f"{box} legend")
-        if name == "compute":
+        if name in ("compute", "soften"):
             page.fill(f"{box} input", f"{meant(asks):.2f}")
         else:
             labels = page.locator(f"{box} fieldset label").all_inner_texts()
