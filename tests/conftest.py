@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -156,3 +157,16 @@ def options():
         ]
 
     return as_options
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, for one file of tests: as long as it is open an event loop runs here."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

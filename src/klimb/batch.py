@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from klimb.backward import Passed
 from klimb.data import Draws, Example, Pool, Sampler, Target, select_pool, stack_pools
 from klimb.models.policy import CausalPolicy
-from klimb.rewards.load import score
+from klimb.rewards.score import score
 from klimb.samplers.ahead import Ahead
 
 

@@ -20,7 +20,7 @@ from klimb.config import TAUGHT
 from klimb.data import Pool, Target
 from klimb.measure import evidence_of_pools
 from klimb.nearest import nearest_run
-from klimb.numbers.diagnose import Diagnosis, Setting, diagnose
+from klimb.numbers.diagnose import Diagnosis, diagnose
 from klimb.numbers.estimate import Estimate
 from klimb.numbers.evidence import (
     Evidence,
@@ -33,7 +33,10 @@ from klimb.numbers.evidence import (
     trend,
 )
 from klimb.numbers.frontier import FrontierPoint
-from klimb.rewards.load import load_reward, score, weighted_sum
+from klimb.numbers.next_run import Setting
+from klimb.rewards.load import load_reward
+from klimb.rewards.score import score
+from klimb.rewards.weighted_sum import weighted_sum
 from klimb.target import own_reward
 
 SEED = 0

@@ -33,8 +33,10 @@ from klimb.nearest import nearest_file
 from klimb.pool import prompts_at_once
 from klimb.ranks import ALONE, Ranks
 from klimb.rewards.cache import reward_cache
-from klimb.rewards.load import check_columns, load_reward, no_reward, source_hash, weighted_sum
+from klimb.rewards.load import load_reward, no_reward
 from klimb.rewards.log_ratio import LogRatio
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import check_columns, weighted_sum
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.shared import shared
 from klimb.samplers.vllm import Vllm

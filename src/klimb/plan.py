@@ -18,7 +18,7 @@ from klimb.numbers.estimate import Estimate, mean_estimate
 from klimb.numbers.frontier import FrontierPoint, default_betas, frontier
 from klimb.numbers.tilt import solve_beta, tilted_kl, tilted_mean
 from klimb.pool import Progress, draw_pool, silent
-from klimb.rewards.load import check_informative
+from klimb.rewards.score import check_informative
 from klimb.target import Tilt, tilt
 
 

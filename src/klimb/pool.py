@@ -18,7 +18,8 @@ import torch
 from klimb.data import Draws, Example, Policy, Pool, Reward, Sampler, select, stack_pools
 from klimb.models.sharded import whole
 from klimb.ranks import ALONE
-from klimb.rewards.load import Rewards, WeightedSum, asked_alone, score, weighted_sum
+from klimb.rewards.score import Rewards, asked_alone, score
+from klimb.rewards.weighted_sum import WeightedSum, weighted_sum
 
 Progress = Callable[[str, int, int], None]
 """called with what is being done, how much of it is done, and how much there is"""

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from klimb import store
 from klimb.comparisons import load_judged
-from klimb.config import Config, Lora
+from klimb.config import Config, Lora, load
 from klimb.loaded import generator_for, options_of
 from klimb.models.hub import default_dtype
 from klimb.models.master import write_out
@@ -60,12 +59,9 @@ def learned_reward(
     check_lengths(scorer, [*train, *test])
     hold()
     if resume:
-        written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        moved = {
-            **config.model_dump(),
-            "output_dir": written.get("output_dir"),
-        }  # a directory may have been moved
-        store.create_run(path, config=moved, resume=True)
+        written = load(path / "config.yaml").model_dump()  # options that came later than the run by default
+        moved = {**config.model_dump(), "output_dir": written["output_dir"]}  # as a directory may be
+        store.create_run(path, config=moved, resume=True, written=written)
     else:
         store.create_run(path, config=config.model_dump(), seed=config.seed)
     with tracked(watch, config, path) as told:

@@ -17,11 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from klimb import store
 from klimb.aim import aimed_at, target_record
-from klimb.config import DESTINATIONS, Config
+from klimb.config import DESTINATIONS, Config, load
 from klimb.data import Pool, stack_pools
 from klimb.diagnosis import diagnosed
 from klimb.distil import distance
@@ -410,11 +408,11 @@ def _began(loaded: Loaded, path: Path, resume: bool) -> None:
     """Make the directory of the run, or take up the one that is there."""
     config = loaded.config
     if resume:
-        written = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        written = load(path / "config.yaml").model_dump()  # options that came later than the run by default
         # a directory may have been moved, and a plan that is done has put a beta in the place of a budget
         half = any(folder.stem == "plan" for folder, _ in store.unfinished(path))
-        settled = {name: written.get(name) for name in ("output_dir", *(() if half else DESTINATIONS))}
-        store.create_run(path, config={**config.model_dump(), **settled}, resume=True)
+        settled = {name: written[name] for name in ("output_dir", *(() if half else DESTINATIONS))}
+        store.create_run(path, config={**config.model_dump(), **settled}, resume=True, written=written)
     else:
         # as asked until the plan has found beta
         store.create_run(

@@ -9,7 +9,7 @@ import torch
 from klimb.data import Example, Pool, Sampler
 from klimb.models.policy import CausalPolicy
 from klimb.pool import Progress, prompts_at_once, silent
-from klimb.rewards.load import score
+from klimb.rewards.score import score
 from klimb.target import Tilt
 
 

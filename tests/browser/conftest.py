@@ -1,28 +1,13 @@
 """Pages opened in headless Chromium from a file, with no network; what the console said is kept. Skips without Chromium."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """A headless Chromium for all tests."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
 
 @pytest.fixture
 def open_page(browser):
-    """Open a file: a page whose `errors` are what its console complained of, and whose `asked` are requests beyond the file."""
+    """Open a file: a page whose `errors` are what its console said, and whose `asked` are requests beyond the file."""
     contexts = []
 
     def opened(path, *, width=1440, scheme="light"):
@@ -32,7 +17,7 @@ def open_page(browser):
         contexts.append(context)
         page = context.new_page()
         page.errors, page.asked = [], []
-        page.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
+        page.on("console", lambda said: page.errors.append(said.text))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         address = Path(path).as_uri()
         page.on("request", lambda request: page.asked.append(request.url) if request.url != address else None)

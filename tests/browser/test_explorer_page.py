@@ -2,14 +2,17 @@
 
 import math
 import re
-import shutil
+from functools import partial
 
 import pytest
+import torch
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-RIGHT = {"why-z", "order", "larger-beta", "two-directions", "compute", "variant", "loss", "mediocre"}
+from klimb.exact.divergences import generalized_jensen_shannon, skew_kl
+
+RIGHT = {
+    *("why-z", "order", "larger-beta", "two-directions", "compute"),
+    *("variant", "loss", "soften", "share", "mediocre"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,33 +22,10 @@ def explorer(tmp_path_factory):
     return write_explorer(tmp_path_factory.mktemp("explorer") / "page.html")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
-def opened(browser, explorer):
-    """Open the page at a width, with the network blocked: the page, and what the console said."""
-    contexts = []
-
-    def at(width=1440, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page, said = context.new_page(), []
-        page.route("http*://**", lambda route: (said.append(route.request.url), route.abort()))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(explorer.as_uri())
-        page.wait_for_selector("#chart-students svg")
-        return page, said
-
-    yield at
-    for context in contexts:
-        context.close()
+def opened(open_page, explorer):
+    """Open the explorer at a width."""
+    return partial(open_page, explorer)
 
 
 def number(page, element):
@@ -55,13 +35,12 @@ def number(page, element):
 @pytest.mark.parametrize(
     ("width", "scheme"), [(1440, "light"), (1440, "dark"), (360, "light"), (360, "dark")]
 )
-def test_it_opens_quietly_and_nothing_overflows(opened, width, scheme):
-    page, said = opened(width, scheme)
-    assert said == []
+def test_it_opens_quietly_and_nothing_overflows(opened, complaints, width, scheme):
+    page = opened(width=width, scheme=scheme)
+    assert page.errors == []
+    assert page.asked == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    found = axe.Axe().run(page).response["violations"]
-    assert [(v["id"], [node["target"] for node in v["nodes"]][:3]) for v in found] == []
+    assert complaints(page) == []
 
 
 def test_it_is_small(explorer):
@@ -69,7 +48,7 @@ def test_it_is_small(explorer):
 
 
 def test_the_slider_moves_the_best_policy_and_both_sides_stay_equal(opened):
-    page, _ = opened()
+    page = opened()
     seen = []
     for exponent in (-1.0, -0.3, 1.0):
         page.fill("#beta", str(exponent))
@@ -86,7 +65,7 @@ def test_the_slider_moves_the_best_policy_and_both_sides_stay_equal(opened):
 
 
 def test_a_constant_moves_log_z_and_not_p(opened):
-    page, _ = opened()
+    page = opened()
     page.fill("#shift", "1.5")
     said = page.inner_text("#shift-says")
     assert "by c/β = 2.993" in said or "by c/β = 3.0" in said or "by c/β = 2.99" in said
@@ -94,7 +73,7 @@ def test_a_constant_moves_log_z_and_not_p(opened):
 
 
 def test_the_two_directions_end_apart_and_a_prompt_does_not_reach_p(opened):
-    page, _ = opened()
+    page = opened()
     forward = page.inner_text("#student-says")
     page.select_option("#loss", "reverse")
     assert page.inner_text("#student-says") != forward
@@ -135,21 +114,21 @@ def answer(page, name, right):
 
 @pytest.mark.parametrize("name", sorted(RIGHT))
 def test_each_exercise_knows_right_from_wrong_and_says_why(opened, name):
-    page, said = opened()
+    page = opened()
     wrong = answer(page, name, right=False)
     assert wrong.startswith("✗ Not quite."), wrong
     assert len(wrong) > 60
     right = answer(page, name, right=True)
     assert right.startswith("✓ Right."), right
-    assert page.inner_text("#solved") == "1 of 8 solved."
+    assert page.inner_text("#solved") == "1 of 10 solved."
     page.click(f"#exercise-{name} button:text('other numbers')")
     assert answer(page, name, right=True).startswith("✓ Right.")
-    assert said == []
+    assert page.errors == []
 
 
-@pytest.mark.parametrize("name", ["why-z", "two-directions", "loss", "mediocre"])
+@pytest.mark.parametrize("name", ["why-z", "two-directions", "loss", "share", "mediocre"])
 def test_the_place_of_an_option_does_not_give_the_answer_away(opened, name):
-    page, _ = opened()
+    page = opened()
     box, places, asked = f"#exercise-{name}", set(), set()
     for _ in range(12):
         right = page.eval_on_selector(box, "form => form.made.right[0]")
@@ -162,7 +141,7 @@ def test_the_place_of_an_option_does_not_give_the_answer_away(opened, name):
 
 
 def test_rewards_that_are_all_alike_leave_nothing_to_climb(opened):
-    page, said = opened()
+    page = opened()
     for row in range(6):
         page.locator("#rows .row").nth(row).locator("input").nth(1).fill("1.5")
     assert page.inner_text("#share").startswith("nothing to climb")
@@ -170,11 +149,11 @@ def test_rewards_that_are_all_alike_leave_nothing_to_climb(opened):
         assert page.inner_text(text).startswith("All rewards are alike")
     page.click("#exercise-mediocre button:text('other numbers')")  # numbers of its own, whatever the sliders
     assert answer(page, "mediocre", right=True).startswith("✓ Right.")
-    assert said == []
+    assert page.errors == []
 
 
 def test_keys_are_enough(opened):
-    page, _ = opened()
+    page = opened()
     page.focus("#beta")
     before = number(page, "n-bestReward")
     for _ in range(20):
@@ -182,8 +161,61 @@ def test_keys_are_enough(opened):
     assert number(page, "n-bestReward") > before
 
 
+LIVE = "[role=status], [role=alert], [role=log], output, [aria-live]:not([aria-live=off])"
+HEARD = """(live) => {
+    window.hear?.disconnect();
+    window.heard = [];
+    window.hear = new MutationObserver((all) => window.heard.push(...new Set(all.map((m) => m.target.textContent))));
+    for (const x of document.querySelectorAll(live)) window.hear.observe(x, { childList: true, characterData: true, subtree: true });
+}"""
+
+
+def test_a_screen_reader_hears_where_a_slider_came_to_rest_and_not_every_step(opened):
+    page = opened()
+
+    def heard(slider, key):
+        page.evaluate(HEARD, LIVE)
+        page.focus(slider)
+        for _ in range(15):
+            page.keyboard.press(key)
+        page.wait_for_timeout(1000)
+        return page.evaluate("window.heard")
+
+    assert page.inner_text("#settled") == ""  # nothing is said of a page that only opened
+    for slider, says in (
+        ("#beta", "#says"),
+        ("#shift", "#shift-says"),
+        ("#s", "#student-says"),
+        ("#t", "#prompt-says"),
+    ):
+        if slider == "#s":
+            page.select_option("#loss", "jsd")
+        page.wait_for_timeout(800)
+        assert len(heard(slider, "ArrowLeft")) == 1
+        assert page.text_content("#settled") == page.text_content(says)
+    page.evaluate("document.getElementById('says').setAttribute('role', 'status')")  # as it was: the mutant
+    assert len(heard("#beta", "ArrowRight")) > 5
+
+
+def test_the_loss_menu_shows_its_words_whole(opened):
+    """The widest option, with the arrow of the menu, fits into it: at its edge words would be cut."""
+    for width in (360, 900, 1440):
+        page = opened(width=width)
+        wide, room = page.eval_on_selector(
+            "#loss",
+            """(menu) => {
+                const style = getComputedStyle(menu), pen = document.createElement("canvas").getContext("2d");
+                pen.font = `${style.fontSize} ${style.fontFamily}`;
+                const widest = Math.max(...[...menu.options].map((option) => pen.measureText(option.text).width));
+                const own = menu.getBoundingClientRect(), around = menu.closest(".controls").getBoundingClientRect();
+                return [widest + 24, Math.min(own.right, around.right) - own.left - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight)];
+            }""",
+        )
+        assert wide <= room
+
+
 def test_the_slider_of_beta_says_beta(opened):
-    page, _ = opened()
+    page = opened()
     page.fill("#beta", "1")
     assert page.get_attribute("#beta", "aria-valuetext") == page.inner_text("#beta-value") == "10.00"
 
@@ -218,6 +250,26 @@ def is_loss(asks):
     return "KL(student‖teacher)" if "never says" in asks else "KL(teacher‖student)"
 
 
+def is_soften(asks):
+    """The loss by klimb's own divergences, from the numbers of the question."""
+    teacher, student = (torch.tensor(numbers_in(x)).log() for x in re.findall(r"\(([\d., ]+)\)", asks)[:2])
+    share = float(re.search(r"at s = ([\d.]+\d)", asks)[1])
+    if "+ (1 − s) KL(student‖m)" in asks:
+        return generalized_jensen_shannon(teacher, student, share=share).item()
+    if "KL(teacher‖m)" in asks:
+        return skew_kl(teacher, student, share=share).item()
+    assert "KL(student‖m), m = s · student" in asks
+    return skew_kl(student, teacher, share=share).item()
+
+
+def is_share(asks):
+    """In the limit: which law the mixture stands for, and under which law the mean is."""
+    share = float(re.search(r"s = ([\d.]+\d)", asks)[1])
+    if "Jensen–Shannon" in asks:
+        return "Over both" if share < 0.5 else "In one"
+    return "Over both" if "KL(teacher‖s · teacher" in asks else "In one"
+
+
 def is_variant(asks):
     from klimb.exact.variants import VARIANTS
 
@@ -233,14 +285,16 @@ def is_variant(asks):
         ("loss", is_loss),
         ("mediocre", is_cause),
         ("compute", is_target),
+        ("soften", is_soften),
+        ("share", is_share),
     ],
 )
 def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
-    page, _ = opened()
+    page = opened()
     box = f"#exercise-{name}"
     for _ in range(12):
         asks = page.inner_text(f"{box} legend")
-        if name == "compute":
+        if name in ("compute", "soften"):
             page.fill(f"{box} input", f"{meant(asks):.2f}")
         else:
             labels = page.locator(f"{box} fieldset label").all_inner_texts()
@@ -252,7 +306,7 @@ def test_what_a_reader_can_work_out_is_what_the_page_takes(opened, name, meant):
 
 
 def test_a_larger_beta_spends_and_earns_less_and_a_smaller_one_more(opened):
-    page, _ = opened()
+    page = opened()
     box = "#exercise-larger-beta"
     for _ in range(6):
         before, after = re.search(

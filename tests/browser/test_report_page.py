@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -331,6 +332,39 @@ def test_the_page_of_a_real_run_has_coloured_tokens_and_no_complaint(
     assert told
     assert set(told) <= drawn
     assert complaints(page) == []
+
+
+def test_each_of_several_rewards_stands_in_a_table(make_run, options, klimb, open_page, complaints, tmp_path):
+    """Name, mean under policy and reference, agreement, as measure.json has them; of a plan alone without the policy."""
+    settings = make_run(tmp_path)
+    settings["reward_funcs"] = [settings["reward_funcs"], {"func": "length", "target": 12}]
+    assert klimb("climb", *options(settings), "--reward_weights", "[1, 0.5]")[0] == 0
+    run = tmp_path / "run"
+    written = store.read_json(run / "measure.json")["rewards"]
+    assert list(written) == ["good", "length"]
+
+    def told(page):
+        table = page.locator("table", has=page.locator("caption", has_text="Each reward by itself"))
+        rows = [row.locator("th, td").all_inner_texts() for row in table.locator("tr").all()]
+        return rows[0], {name: cells for name, *cells in rows[1:]}
+
+    for width in (360, 1440):
+        page = open_page(run / "report.html", width=width)
+        heads, rows = told(page)
+        assert heads == ["reward", "policy", "reference", "agreement"]
+        assert list(rows) == list(written)
+        for name, cells in rows.items():
+            for key, cell in zip(heads[1:], cells, strict=True):
+                shown = [float(x) for x in re.findall(r"-?[\d.]+", cell.replace("\u2212", "-"))]
+                e = written[name][key]
+                assert shown == pytest.approx([e["value"], e["low"], e["high"]], abs=0.006), (name, key)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert complaints(page) == []
+    assert rows["good"][0] != rows["length"][0]
+    (run / "measure.json").unlink()
+    planned = store.read_json(run / "plan.json")["rewards"]
+    heads, rows = told(open_page(write_report(run)))
+    assert (heads, list(rows)) == (["reward", "reference", "agreement"], list(planned))
 
 
 def test_token_lengths_add_up_to_the_text(tiny_model):

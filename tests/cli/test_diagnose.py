@@ -8,9 +8,10 @@ import yaml
 
 from klimb import screen_diagnose
 from klimb.diagnosis import _read, _setting, diagnosed
-from klimb.numbers import diagnose as table
-from klimb.numbers.diagnose import TABLE
+from klimb.numbers import diagnose as judging
 from klimb.numbers.evidence import Evidence
+from klimb.numbers.next_run import Setting
+from klimb.numbers.rules import TABLE
 from klimb.store import read_json, read_jsonl
 
 FAULTS = '''
@@ -136,7 +137,7 @@ def test_every_command_of_the_table_is_one_that_the_command_line_takes(klimb, ru
         config = {**setting.config, "family": family}
         (path / "config.yaml").write_text(yaml.safe_dump(config))
         for rule in TABLE:
-            command = rule.command(found, table.Setting(str(path), config))
+            command = rule.command(found, Setting(str(path), config))
             words = shlex.split(command)
             if rule.name == "capacity" and family["kind"] == "full":
                 assert not words  # nothing is larger but another model
@@ -149,7 +150,7 @@ def test_every_command_of_the_table_is_one_that_the_command_line_takes(klimb, ru
 
 
 def test_shares_that_are_written_twice_are_the_same():
-    assert (screen_diagnose.UNLIKELY, screen_diagnose.LIKELY) == (table.UNLIKELY, table.LIKELY)
+    assert (screen_diagnose.UNLIKELY, screen_diagnose.LIKELY) == (judging.UNLIKELY, judging.LIKELY)
 
 
 def test_a_run_without_a_reward_says_so(klimb, run, options, tiny_run, tmp_path):

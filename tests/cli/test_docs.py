@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from klimb.config import load
-from klimb.numbers.diagnose import TABLE
+from klimb.numbers.rules import TABLE
 from klimb.rewards.builtin import BUILTIN
 
 ROOT = Path(__file__).parents[2]

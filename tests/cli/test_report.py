@@ -19,8 +19,8 @@ from klimb.data import Draws, Example
 from klimb.numbers.frontier import default_betas
 from klimb.numbers.frontier import frontier as library_frontier
 from klimb.report import draws as report_draws
-from klimb.report import figures, page, reached, words, write_report
 from klimb.report import found as report_found
+from klimb.report import frontier_chart, page, reached, step_charts, time_chart, words, write_report
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -389,7 +389,7 @@ def test_a_glitch_in_the_middle_leaves_the_rest_trusted():
         point["reliable"] = i != 4
     points = report_found.frontier(found_with(plan=plan))
     trusted = {}
-    for row in figures._curve(points):
+    for row in frontier_chart._curve(points):
         trusted.setdefault(row["piece"], []).append((row["trusted"], row["kl"]))
     kl = [point["kl"]["value"] for point in plan["frontier"]]
     assert [[x for _, x in piece] for piece in trusted.values()] == [kl[:4], kl[3:6], kl[5:]]
@@ -408,7 +408,7 @@ def test_steps_that_only_replay_are_left_out_and_evaluations_are_shown(whole):
 
 
 def test_the_time_sums_up(whole):
-    spent = figures.seconds_spent(report_found.read_run(whole[0]))
+    spent = time_chart.seconds_spent(report_found.read_run(whole[0]))
     assert list(spent) == ["update", "draw", "score"]
     assert spent["update"] == pytest.approx(360)
     assert spent["score"] == pytest.approx(198)
@@ -598,9 +598,9 @@ def test_numbers_that_are_not_there_draw_nothing():
     nothing = {"value": None, "low": None, "high": None, "n": 0, "warnings": []}
     steps = [{"step": 1, "estimates": {"reward": nothing, "kl": math.inf}}, {"step": 2}]
     found = found_with(plan={"frontier": [{"reward": nothing, "kl": 1.0}, None]}, steps=steps)
-    assert figures.frontier_chart(found) is None
-    assert figures.step_charts(found) == {}
-    assert figures.time_chart(found) is None
+    assert frontier_chart.frontier_chart(found) is None
+    assert step_charts.step_charts(found) == {}
+    assert time_chart.time_chart(found) is None
 
 
 # Draws and sizes.
@@ -690,14 +690,16 @@ def test_every_chart_has_its_place_in_the_page(tmp_path):
     run = make_run(tmp_path / "run", steps=0, size=(8, 4))
     seen = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 64, "warnings": []}
     estimates = dict.fromkeys(("reward", "kl", "regularised_reward", "self_gap", "entropy"), seen)
-    numbers = dict.fromkeys(figures.HEALTH, 1.5) | {"tokens_per_second": {"drawn": 500.0, "trained": 700.0}}
+    numbers = dict.fromkeys(step_charts.HEALTH, 1.5) | {
+        "tokens_per_second": {"drawn": 500.0, "trained": 700.0}
+    }
     del numbers["drawn"], numbers["trained"]
     store.append_jsonl(
         run / "metrics.jsonl",
         *({"step": i, **estimates, **numbers, "seconds": {"draw": 1.0, "update": 2.0}} for i in (1, 2, 3)),
     )
     charts = page.charts_of(report_found.read_run(run))
-    assert set(charts) >= {*estimates, *figures.HEALTH, "time", "frontier"}
+    assert set(charts) >= {*estimates, *step_charts.HEALTH, "time", "frontier"}
     written = write_report(run).read_text(encoding="utf-8")
     assert [name for name in charts if f'id="chart-{name}"' not in written] == []
     assert "policy/tokenizer.json</code>" in written  # why no token is marked

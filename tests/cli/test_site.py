@@ -68,7 +68,7 @@ def test_a_broken_link_is_found():
 
 INNER = re.compile(
     r"klimb\.(__main__|cli|cli_\w+|screen|screen_\w+|report\.\w+|explorer\.\w+|launch|nearest|spans|backward|steps|batch|offline|records|checkpoint|profile"
-    r"|loaded|choice|aim|training|planning|config\.options|rewards\.(texts|post)|samplers\.shared"
+    r"|loaded|choice|aim|training|planning|config\.options|rewards\.(errors|texts|post)|samplers\.shared"
     r"|models\.(attended|decoding|fused_attention|llama|low_rank|products|recomputed|recorded|room|sharded|shared_attention|written_out))$"
 )
 """what nobody calls from Python: how the verbs and the command line are made, and how layers are written out"""
@@ -168,18 +168,6 @@ def test_what_a_page_would_fetch_is_found():
     assert len(reader.found) == 2
     assert FETCHED.search("@import url(x.css)")
     assert FETCHED.search("src:url(https://fonts.gstatic.com/a.woff2)")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_pages_open_from_a_file_without_a_network(site, browser):

@@ -28,7 +28,7 @@ from klimb.exact import tilt as exact_tilt
 from klimb.numbers.moments import fit_moments
 from klimb.numbers.tilt import log_partition, tilted_kl
 from klimb.objectives import forward_kl, log_variance, reverse_kl
-from klimb.rewards.load import weighted_sum
+from klimb.rewards.weighted_sum import weighted_sum
 from klimb.target import (
     Tilt,
     chi_squared,

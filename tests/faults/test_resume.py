@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from klimb import run as edge
 from klimb import training
@@ -169,6 +170,26 @@ def test_asked_to_stop_and_resumed(config, interrupted, whole):
     a, b = everything(interrupted), everything(whole)
     a.pop("files"), b.pop("files")  # other checkpoints were written
     assert a == b
+
+
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(config, interrupted, whole):
+    """Options of today that its config.yaml lacks, also one of the family, mean what they mean to whoever leaves them out."""
+    file = interrupted / "config.yaml"
+    written = yaml.safe_load(file.read_text())
+    for where, name in (
+        (written, "max_grad_norm"),
+        (written, "judge"),
+        (written["family"], "target_modules"),
+    ):
+        assert where.pop(name) is not None  # null and nothing were the same before
+    file.write_text(yaml.safe_dump(written))
+    another = config.model_copy(update={"max_grad_norm": 2.5})
+    with pytest.raises(
+        ValueError, match=r"its max_grad_norm differ \(max_grad_norm: got 2.5, there it is 1.0\)"
+    ):
+        climb(another, resume=True)
+    assert climb(config, resume=True).step == 8
+    assert steps_of(interrupted) == steps_of(whole)
 
 
 # what a checkpoint would have to forget: every piece is needed for the same end

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,11 @@ from transformers import (
 )
 
 from klimb.data import Draws, Example
-from klimb.rewards.load import check_informative, load_reward, reward_name, score, source_hash, weighted_sum
-from klimb.rewards.model import model_reward
+from klimb.rewards.load import load_reward
+from klimb.rewards.model import folder_hash, model_reward
+from klimb.rewards.score import check_informative, score
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import reward_name, weighted_sum
 from klimb.target import LogRatio, MixtureRatio, forbid
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -405,3 +409,13 @@ def test_a_models_hash_follows_its_weights(tmp_path):
     same = model_reward(save_model(tmp_path / "b"))
     other = model_reward(save_model(tmp_path / "c", num_hidden_layers=1))
     assert source_hash(first) == source_hash(same) != source_hash(other)
+
+
+def test_a_model_of_no_folder_and_no_revision_is_refused(tmp_path):
+    """A folder that is gone, and a configuration made by hand: what names the weights is not known."""
+    with pytest.raises(
+        ValueError, match=r"gone: got neither a folder nor a revision of the hub.*expected the folder"
+    ):
+        folder_hash(tmp_path / "gone", SimpleNamespace())
+    one, other = (folder_hash(Path("a/b"), SimpleNamespace(_commit_hash=name)) for name in ("a1", "b2"))
+    assert one != other

@@ -10,7 +10,10 @@ import torch
 
 from klimb.data import Draws, Example
 from klimb.rewards.cache import reward_cache
-from klimb.rewards.load import load_reward, score, source_hash, weighted_sum
+from klimb.rewards.load import load_reward
+from klimb.rewards.score import score
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import weighted_sum
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -132,7 +135,7 @@ def test_a_file_that_is_no_cache_is_one_error(tmp_path, broken):
 PROCESS = """
 import sys
 from klimb.rewards.cache import reward_cache
-from klimb.rewards.load import weighted_sum
+from klimb.rewards.weighted_sum import weighted_sum
 def reward(completions): return [float(len(c)) for c in completions]
 whole = weighted_sum([reward], cache=reward_cache(sys.argv[1]))
 for i in range(150):

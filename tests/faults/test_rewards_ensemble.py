@@ -11,7 +11,10 @@ from klimb.config import load
 from klimb.data import Draws, Example
 from klimb.rewards.cache import reward_cache
 from klimb.rewards.ensemble import Ensemble
-from klimb.rewards.load import load_reward, score, source_hash, weighted_sum
+from klimb.rewards.load import load_reward
+from klimb.rewards.score import score
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import weighted_sum
 from klimb.run import climb
 
 CALLS = []

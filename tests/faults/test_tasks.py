@@ -5,7 +5,8 @@ import json
 import pytest
 
 from klimb.dataset import load_examples
-from klimb.rewards.load import load_reward, weighted_sum
+from klimb.rewards.load import load_reward
+from klimb.rewards.weighted_sum import weighted_sum
 from klimb.tasks import generated
 
 pytest.importorskip("reasoning_gym")

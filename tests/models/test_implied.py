@@ -10,7 +10,9 @@ from klimb.exact import all_strings, kl
 from klimb.models.families import full, lora, save_policy
 from klimb.models.soft_prompt import soft_prompt
 from klimb.rewards.implied import Implied
-from klimb.rewards.load import score, source_hash, weighted_sum
+from klimb.rewards.score import score
+from klimb.rewards.source_hash import source_hash
+from klimb.rewards.weighted_sum import weighted_sum
 
 BETA = 0.3
 EXAMPLES = [Example("a"), Example("ba"), Example("ba", {"another": "row"})]

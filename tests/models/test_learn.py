@@ -152,7 +152,7 @@ def test_draws_of_an_unknown_law_are_refused_with_the_methods_that_can_learn_fro
         "kto",
         "bco",
     ]
-    assert named == ["log_variance", "pmd_mean", *compared, "exo", "info_nca", "nca", *likelihood]
+    assert named == ["log_variance", "pmd_mean", "exo", "info_nca", "nca", *compared, *likelihood]
     for name in named:
         assert first_step(policies, name, knows_law=False).step == 1
     # these would run, as if the draws were the policy's own

@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from klimb.data import Example
 from klimb.models.policy import CausalPolicy
 from klimb.numbers.best_of_n import best_of_n_law
-from klimb.rewards.load import score
+from klimb.rewards.score import score
 from klimb.samplers.ancestral import ancestral
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection

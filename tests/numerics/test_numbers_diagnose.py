@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from klimb.exact.truth import gap, kl, mean, normalise, tilt
-from klimb.numbers import diagnose as table
+from klimb.numbers import diagnose as judging
+from klimb.numbers import rules
 from klimb.numbers.certificate import certificate
-from klimb.numbers.diagnose import LABELS, TABLE, Setting, diagnose
+from klimb.numbers.diagnose import diagnose
 from klimb.numbers.estimate import Estimate
 from klimb.numbers.evidence import (
     Evidence,
@@ -27,6 +28,9 @@ from klimb.numbers.evidence import (
     trend,
 )
 from klimb.numbers.frontier import default_betas, frontier
+from klimb.numbers.labels import LABELS
+from klimb.numbers.next_run import Setting
+from klimb.numbers.rules import CLOSE, TABLE
 
 BETA = 0.5
 PROMPTS, OUTCOMES, DRAWS = 64, 12, 64
@@ -301,9 +305,9 @@ def mutants():
 
 
 def caught(worlds, mutant=None):
-    rules = TABLE if mutant is None else [mutant if r.name == mutant.name else r for r in TABLE]
+    changed = TABLE if mutant is None else [mutant if r.name == mutant.name else r for r in TABLE]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(table, "TABLE", tuple(rules))
+        patched.setattr(judging, "TABLE", tuple(changed))
         return [name for name, (_, verdicts) in CASES.items() if given(worlds[name]) != verdicts]
 
 
@@ -314,7 +318,7 @@ def test_mutants_of_the_rules_are_caught(worlds, name, mutant):
 
 def without_a_clause(rule, function, k, size):
     """The rule without the k-th clause of its "and" or "or"; the sizes of those are noted."""
-    real = getattr(table, function)
+    real = getattr(rules, function)
 
     def fewer(*clauses):
         size.append(len(clauses))
@@ -322,7 +326,7 @@ def without_a_clause(rule, function, k, size):
 
     def margin(e):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(table, function, fewer)
+            patched.setattr(rules, function, fewer)
             return rule.margin(e)
 
     return replace(rule, margin=margin)
@@ -392,7 +396,8 @@ def test_which_beta_would_give_how_much(worlds):
 def test_beta_too_high_leaves_out_points_that_the_plan_cannot_support(worlds):
     found = worlds["beta far too high, and its best policy"]
     bad = [replace(p, reliable=False) for p in found.frontier]
-    assert diagnose(replace(found, frontier=bad)).verdicts[0].advice == "Lower beta."
+    verdict = diagnose(replace(found, frontier=bad), Setting("RUN")).verdicts[0]
+    assert (verdict.advice, verdict.command) == ("Lower beta.", "")
 
 
 def made(name, value, sd, n=1000):
@@ -449,7 +454,7 @@ def test_a_rule_uses_the_numbers_that_it_shows_and_no_others(worlds):
     full = worlds["cut, and part of the way"]
     for rule in TABLE:
         known = {name: getattr(full, name) or made(name, 0.5, 0.1) for name in (*rule.needs, *rule.may)}
-        table._margin(rule, Evidence(**known))
+        judging._margin(rule, Evidence(**known))
         assert set(known) <= set(LABELS)
 
 
@@ -493,7 +498,7 @@ def policy_at(beta, goal):
 
 def test_sure_is_seldom_wrong_at_the_border_and_a_mutant_that_trusts_the_estimate_is(monkeypatch):
     """At the border one in twenty would be called sure; binomial(30, 0.05) passes 5 three times in 1000."""
-    policy = policy_at(BETA, table.CLOSE)
+    policy = policy_at(BETA, CLOSE)
     found = [evidence(policy, seed=seed) for seed in range(30)]
 
     def alarms():
@@ -501,8 +506,8 @@ def test_sure_is_seldom_wrong_at_the_border_and_a_mutant_that_trusts_the_estimat
         return sum(v.name == "close to the best" and v.confidence == "sure" for v in verdicts)
 
     assert alarms() <= 5
-    monkeypatch.setattr(table, "SURE", 0.0)
-    monkeypatch.setattr(table, "LIKELY", 0.0)
+    monkeypatch.setattr(judging, "SURE", 0.0)
+    monkeypatch.setattr(judging, "LIKELY", 0.0)
     assert alarms() > 8
 
 

@@ -1,6 +1,7 @@
 """The explorer's JavaScript says what klimb says: random cases, to 1e-9."""
 
 import json
+import math
 import shutil
 import subprocess
 from importlib import resources
@@ -136,8 +137,35 @@ def test_the_losses_of_distillation(share):
     said = javascript(
         f"const [a, b] = {json.dumps([a.tolist(), b.tolist()])}; say(Object.keys(LOSSES).map((n) => LOSSES[n](a, b, {share})));"
     )
-    expected = [kl(a, b), kl(b, a), generalized_jensen_shannon(a, b, share=share), skew_kl(a, b, share=share)]
+    expected = [
+        kl(a, b),
+        kl(b, a),
+        generalized_jensen_shannon(a, b, share=share),
+        skew_kl(a, b, share=share),
+        skew_kl(b, a, share=share),
+    ]
     assert said == pytest.approx([x.item() for x in expected], abs=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_losses_of_a_student_that_lacks_something_are_finite_but_for_one_and_within_their_bounds(share):
+    """A law without an outcome: the mixture has it. The mutant, a mixture of the student alone, is infinite."""
+    a, b = (torch.tensor(x, dtype=torch.float64).log() for x in ([0.6, 0.4], [1.0, 0.0]))
+    program = "const [a, b] = [lawOf([0.6, 0.4]), lawOf([1, 0])]; say(Object.keys(LOSSES).map((n) => String(LOSSES[n](a, b, SHARE))));"
+    said = javascript(program.replace("SHARE", str(share)))
+    expected = [
+        generalized_jensen_shannon(a, b, share=share),
+        skew_kl(a, b, share=share),
+        skew_kl(b, a, share=share),
+    ]
+    assert said[0] == "Infinity"
+    assert [float(x) for x in said[2:]] == pytest.approx([x.item() for x in expected], abs=1e-9)
+    assert max(float(x) for x in said[3:]) < -math.log(share)
+    assert float(said[2]) < -share * math.log(share) - (1 - share) * math.log1p(-share)
+    source = (resources.files("klimb.explorer") / "numbers.js").read_text(encoding="utf-8")
+    mutant = source.replace("logSumExp([x + Math.log(share), y + Math.log1p(-share)])", "y")
+    assert mutant != source
+    assert javascript(program.replace("SHARE", str(share)), mutant)[3] == "Infinity"
 
 
 def test_a_student_too_small_ends_where_newtons_method_ends():

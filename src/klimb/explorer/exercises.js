@@ -159,6 +159,54 @@ const EXERCISES = [
     },
   },
   {
+    id: "soften",
+    title: "A loss that stays finite",
+    make(random) {
+      const [p, s] = [pick(random, [0.5, 0.6, 0.7, 0.8, 0.9]), pick(random, [0.1, 0.25, 0.5])];
+      const [teacher, student] = [lawOf([p, 1 - p]), lawOf([1, 0])];
+      const name = pick(random, ["jsd", "skew", "skewReverse"]);
+      const [m, other] = [s, 1 - s].map((x) => mixture(teacher, student, x));
+      const formula = {
+        jsd: `s KL(teacher‖m) + (1 − s) KL(student‖m), m = s · teacher + (1 − s) · student`,
+        skew: `KL(teacher‖m), m = s · teacher + (1 − s) · student`,
+        skewReverse: `KL(student‖m), m = s · student + (1 − s) · teacher`,
+      }[name];
+      const right = LOSSES[name](teacher, student, s);
+      const mixed = (name === "skewReverse" ? other : m).map(Math.exp);
+      const turned = LOSSES[name](teacher, student, 1 - s);
+      const most = name === "jsd" ? -s * Math.log(s) - (1 - s) * Math.log(1 - s) : -Math.log(s);
+      return {
+        kind: "number",
+        asks: `The teacher says two things with chances (${round(p, 1)}, ${round(1 - p, 1)}), the student only the first: (1, 0). What is ${formula}, at s = ${s}? Nats, two decimals.`,
+        right,
+        check: (x) => ({
+          right: Math.abs(x - right) <= 0.0051,
+          why: `m is (${words(mixed, 3)}), which lacks nothing, and the loss is ${round(right, 3)}. KL(teacher‖student) is infinite here: the student never says the second. With m in its place no loss can pass ${round(most, 3)}.${s !== 0.5 && Math.abs(x - turned) <= 0.0051 ? " You exchanged s and 1 − s." : ""}`,
+        }),
+      };
+    },
+  },
+  {
+    id: "share",
+    title: "What the share does",
+    make(random) {
+      const [name, s] = pick(random, [["jsd", 0.05], ["jsd", 0.95], ["skew", 0.05], ["skewReverse", 0.05]]);
+      const teacher = twoBumps(0.5 + 0.15 * random(), 9, 24); // with a rarer habit a skew of 0.05 gives it up: it costs at most its chance times -log s
+      const [own, forward, reverse] = [[name, s], ["forward"], ["reverse"]].map(([loss, share]) => fitted(loss, teacher, share));
+      const near = (end) => Math.abs(own.logWidth - end.logWidth);
+      const said = {
+        jsd: `generalized Jensen–Shannon, s KL(teacher‖m) + (1 − s) KL(student‖m) with m = s · teacher + (1 − s) · student`,
+        skew: `the skew KL(teacher‖s · teacher + (1 − s) · student)`,
+        skewReverse: `the skew KL(student‖s · student + (1 − s) · teacher)`,
+      }[name];
+      const limit = { jsd: s < 0.5 ? "m is nearly the student, and the loss nearly s KL(teacher‖student)" : "m is nearly the teacher, and the loss nearly (1 − s) KL(student‖teacher)", skew: "m is nearly the student, and the loss nearly KL(teacher‖student)", skewReverse: "m is nearly the teacher, and the loss nearly KL(student‖teacher)" }[name];
+      return {
+        asks: `A student of one habit learns from a teacher of two by ${said}, s = ${s}. Where does it end?`,
+        ...choice(["Over both habits, as with KL(teacher‖student)", "In one habit, as with KL(student‖teacher)"], near(forward) < near(reverse) ? 0 : 1, () => `At s = ${s} ${limit}. It ends with width ${round(Math.exp(own.logWidth), 1)}; KL(teacher‖student) with ${round(Math.exp(forward.logWidth), 1)}, KL(student‖teacher) with ${round(Math.exp(reverse.logWidth), 1)}.`),
+      };
+    },
+  },
+  {
     id: "mediocre",
     title: "Why did it hardly improve?",
     make(random) {
@@ -201,7 +249,7 @@ function exercise({ id, title, make: build }) {
     let read;
     let body;
     if (made.kind === "number") {
-      const input = make("input", { type: "number", step: "any", min: 0, max: 1 });
+      const input = make("input", { type: "number", step: "any", min: 0 });
       input.setAttribute("aria-label", made.asks);
       body = make("fieldset", {}, make("legend", {}, made.asks), input);
       read = () => (input.value === "" ? null : Number(input.value));

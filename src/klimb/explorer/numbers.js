@@ -120,6 +120,7 @@ const LOSSES = {
   reverse: (a, b) => kl(b, a),
   jsd: (a, b, share) => share * kl(a, mixture(a, b, share)) + (1 - share) * kl(b, mixture(a, b, share)),
   skew: (a, b, share) => kl(a, mixture(a, b, share)),
+  skewReverse: (a, b, share) => kl(b, mixture(b, a, share)),
 };
 
 const LINE = 33;

@@ -32,11 +32,11 @@ const current = () => ({ logRef: lawOf(state.ref), logPi: lawOf(state.pi), rewar
 
 const rows = WORDS.map((words, i) => {
   const slider = (name, label, min, max, step) => {
-    const value = make("output");
+    const value = make("span", { className: "now" });
     const input = make("input", { type: "range", min, max, step, value: state[name][i], ariaLabel: `${label} of ${words}` });
     input.addEventListener("input", () => {
       state[name][i] = Number(input.value);
-      update();
+      update("says");
     });
     return { box: make("label", {}, make("span", {}, `${label} `, value), input), input, value };
   };
@@ -77,7 +77,7 @@ const panel = PANEL.map(([label, key, meaning]) => {
 
 at("beta").addEventListener("input", () => {
   state.beta = 10 ** Number(at("beta").value);
-  update();
+  update("says");
 });
 for (const button of document.querySelectorAll("[data-set]")) {
   button.addEventListener("click", () => {
@@ -85,7 +85,7 @@ for (const button of document.querySelectorAll("[data-set]")) {
     const laws = { ref: logRef, p: best(logRef, reward, beta).logP, even: logRef.map(() => 0) };
     const weights = laws[button.dataset.set].map(Math.exp);
     state.pi = weights.map((w) => (100 * w) / Math.max(...weights));
-    update();
+    update("share");
   });
 }
 
@@ -105,7 +105,7 @@ const views = {};
 
 function chart(name, spec) {
   // ast: expressions are interpreted, so that the page's policy need not allow eval
-  vegaEmbed(`#chart-${name}`, { ...common, ...spec }, { actions: false, renderer: "svg", ast: true }).then(({ view }) => {
+  return vegaEmbed(`#chart-${name}`, { ...common, ...spec }, { actions: false, renderer: "svg", ast: true }).then(({ view }) => {
     views[name] = view;
     update();
   });
@@ -120,7 +120,7 @@ function redraw(name, data) {
 
 const KINDS = ["ref", "p at this β", "π, yours"];
 const reach = { x: { field: "kl", type: "quantitative", title: "KL(policy ‖ ref), nats" }, y: { field: "reward", type: "quantitative", title: "E[reward]" } };
-chart("frontier", {
+const frontierDrawn = chart("frontier", {
   layer: [
     { data: { name: "curve" }, mark: { type: "line", aria: false, stroke: "var(--accent)", strokeWidth: 2.5 }, encoding: { ...reach, order: { field: "kl" } } },
     {
@@ -136,7 +136,7 @@ chart("frontier", {
   datasets: { curve: [{ kl: 0, reward: 0 }, { kl: 1, reward: 1 }], points: [{ who: KINDS[0], kl: 0, reward: 0 }] }, // until they are computed
 });
 const LAWS = ["teacher", "student"];
-chart("students", {
+const studentsDrawn = chart("students", {
   data: { name: "laws" },
   mark: { type: "line", aria: false, strokeWidth: 2.5 },
   encoding: {
@@ -162,7 +162,8 @@ const cells = given.steps.map((step) => {
   );
   return pairs;
 });
-for (const id of ["shift", "loss", "s", "weight", "apart", "t"]) at(id).addEventListener("input", () => update());
+const SAYS = { shift: "shift-says", loss: "student-says", s: "student-says", weight: "student-says", apart: "student-says", t: "prompt-says" };
+for (const [id, says] of Object.entries(SAYS)) at(id).addEventListener("input", () => update(says));
 
 const promptLaw = (t) => lawOf(zip(lawOf(state.ref), KINDNESS, (l, k) => Math.exp(l + t * k)));
 at("t-best").addEventListener("click", () => {
@@ -171,10 +172,28 @@ at("t-best").addEventListener("click", () => {
   const slider = at("t");
   const steps = range(161).map((i) => -3 + i * 0.05);
   slider.value = steps.reduce((a, b) => (kl(promptLaw(b), logP) < kl(promptLaw(a), logP) ? b : a));
-  update();
+  update("prompt-says");
 });
 
-function update() {
+const LOSS_SAYS = {
+  forward: "KL(teacher‖student) is a mean over the teacher's samples: the student imitates them.",
+  reverse: "KL(student‖teacher) is a mean over the student's own samples: it is told off for what the teacher would not say.",
+  jsd: "s KL(teacher‖m) + (1 − s) KL(student‖m), with the mixture m = s · teacher + (1 − s) · student: never infinite.",
+  skew: "KL(teacher‖s · teacher + (1 − s) · student): at most −log s, whatever the student lacks.",
+  skewReverse: "KL(student‖s · student + (1 − s) · teacher): at most −log s, whatever the teacher never says.",
+};
+
+let settling;
+
+/** Tell a screen reader what a paragraph says, once the values have rested: not every step of a slider. */
+function announce(id) {
+  clearTimeout(settling);
+  settling = setTimeout(() => put("settled", id === "share" ? `share attained by π: ${at(id).textContent}` : at(id).textContent), 700);
+}
+
+/** Show everything anew; `says` is the paragraph that tells what a change has done. */
+function update(says) {
+  if (says) announce(says);
   const now = current();
   const found = numbersOf(now);
   const laws = { ref: now.logRef.map(Math.exp), p: found.logP.map(Math.exp), pi: now.logPi.map(Math.exp) };
@@ -223,7 +242,8 @@ function update() {
   put("s-value", round(share));
   put("weight-value", percent(weight));
   put("apart-value", apart);
-  at("s").disabled = !["jsd", "skew"].includes(at("loss").value);
+  at("s").disabled = !["jsd", "skew", "skewReverse"].includes(at("loss").value);
+  put("loss-says", LOSS_SAYS[at("loss").value]);
   const never = sum(teacher.map((l, y) => (Math.exp(l) < 0.005 ? Math.exp(student.law[y]) : 0)));
   const missed = sum(teacher.map((l, y) => (student.law[y] < l - 3 ? Math.exp(l) : 0)));
   put("student-says", `The student ends at centre ${round(student.centre, 1)}, width ${round(Math.exp(student.logWidth), 1)}; the loss is ${round(student.value, 3)} nats. ${percent(never)} of what it says the teacher hardly ever says; ${percent(missed)} of what the teacher says it hardly ever says.`);
@@ -242,3 +262,4 @@ function update() {
   put("prompt-says", part.share === null ? "All rewards are alike: there is nothing to climb." : `With this prompt the model earns ${round(part.reward)} at ${round(part.kl)} nats and has gone ${percent(part.share)} of the way. The best prompt goes ${percent(reached)}: what is left is not a matter of training longer, the family does not hold p.`);
 }
 update();
+Promise.all([frontierDrawn, studentsDrawn]).then(() => (document.documentElement.dataset.ready = "1"));

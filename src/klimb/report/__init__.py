@@ -2,7 +2,8 @@
 
 found.py     what the run left on disk, and what is not there yet
 words.py     numbers and verdicts in plain words
-figures.py   charts, as Vega-Lite specifications
+chart.py     what all charts share, as Vega-Lite specifications; frontier_chart.py, histogram_chart.py, step_charts.py,
+             time_chart.py, audit.py and overlay.py draw them
 reached.py   the ceiling, the way of training, the policy's ellipse
 draws.py     which completions the page carries
 pool.py      the plan's rewards, from which the slider of beta computes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from klimb.report.figures import HEIGHT, Spec, _altair, _chart, _finished, _tooltip
+from klimb.report.chart import HEIGHT, Spec, altair_module, chart_of, finished, tooltip
 from klimb.report.found import Found, as_estimate, as_number
 from klimb.report.words import both, short
 
@@ -28,12 +28,12 @@ def reliability_chart(found: Found) -> Spec | None:
             )
     if not rows:
         return None
-    alt = _altair()
+    alt = altair_module()
     x = alt.X("chance:Q", title="predicted chance of the favourite", scale=alt.Scale(domain=[0.5, 1.0]))
     y = alt.Y("value:Q", title="how often it was the better one", scale=alt.Scale(domain=[0.0, 1.0]))
-    line = _chart(alt, [{"chance": 0.5, "value": 0.5}, {"chance": 1.0, "value": 1.0}])
-    bars = _chart(alt, rows)
-    return _finished(
+    line = chart_of(alt, [{"chance": 0.5, "value": 0.5}, {"chance": 1.0, "value": 1.0}])
+    bars = chart_of(alt, rows)
+    return finished(
         alt.layer(
             line.mark_line(stroke="var(--muted)", strokeWidth=1.5, strokeDash=[6, 4]).encode(x=x, y=y),
             bars.mark_rule(stroke="var(--accent)", strokeWidth=1.5).encode(
@@ -41,7 +41,7 @@ def reliability_chart(found: Found) -> Spec | None:
             ),
             bars.mark_point(
                 fill="var(--accent)", stroke="var(--paper)", strokeWidth=1, size=90, opacity=1
-            ).encode(x=x, y=y, tooltip=_tooltip(alt, "predicted", "text", "n")),
+            ).encode(x=x, y=y, tooltip=tooltip(alt, "predicted", "text", "n")),
         ),
         HEIGHT,
         "Predicted chance of the favoured completion against how often it was the better one, with intervals; the table of bins.",
@@ -61,8 +61,8 @@ def scores_chart(found: Found) -> Spec | None:
         for what in names
         for (low, high), count in zip(pairwise(known), scores.get(what) or (), strict=False)
     ]
-    alt = _altair()
-    bars = _chart(alt, rows)
+    alt = altair_module()
+    bars = chart_of(alt, rows)
     colour = alt.Color(
         "what:N", title=None, scale=alt.Scale(domain=names, range=["var(--accent)", "var(--red)"])
     )
@@ -71,10 +71,10 @@ def scores_chart(found: Found) -> Spec | None:
         "x2": "to:Q",
         "y": alt.Y("count:Q", title="completions", stack=False),
         "y2": alt.datum(0),
-        "tooltip": _tooltip(alt, "what", "text", "count"),
+        "tooltip": tooltip(alt, "what", "text", "count"),
     }
     solid, outline = (bars.transform_filter(f"datum.what == '{what}'") for what in names)
-    return _finished(
+    return finished(
         alt.layer(
             solid.mark_bar(opacity=0.45, strokeWidth=0).encode(color=colour, **encoded),
             outline.mark_bar(fillOpacity=0.0, strokeWidth=2, stroke="var(--red)").encode(

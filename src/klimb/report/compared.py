@@ -19,8 +19,8 @@ from torch import Tensor
 from klimb.data import Example
 from klimb.numbers.estimate import Estimate
 from klimb.numbers.paired import Difference, clearly_behind, paired_difference
-from klimb.report.figures import seconds_spent
 from klimb.report.found import Found, as_estimate, chosen_beta, read_run
+from klimb.report.time_chart import seconds_spent
 from klimb.store import read_draws
 
 ALPHA = 0.05

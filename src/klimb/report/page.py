@@ -22,17 +22,9 @@ from markupsafe import Markup
 from klimb.numbers.estimate import Estimate
 from klimb.report import words
 from klimb.report.audit import reliability_chart, scores_chart
+from klimb.report.chart import Spec
 from klimb.report.compared import Comparison, compare
 from klimb.report.draws import as_json, cut, draw_table, spoken, table_record
-from klimb.report.figures import (
-    HEALTH,
-    Spec,
-    frontier_chart,
-    histogram_chart,
-    seconds_spent,
-    step_charts,
-    time_chart,
-)
 from klimb.report.found import (
     Found,
     as_estimate,
@@ -42,9 +34,13 @@ from klimb.report.found import (
     read_run,
     reference_reward,
 )
+from klimb.report.frontier_chart import frontier_chart
 from klimb.report.held_out import held_out
+from klimb.report.histogram_chart import histogram_chart
 from klimb.report.overlay import overlay_chart
 from klimb.report.pool import CarriedPool, bin_edges, carried_pool, histogram_rows
+from klimb.report.step_charts import HEALTH, step_charts
+from klimb.report.time_chart import seconds_spent, time_chart
 from klimb.store import write_whole
 
 

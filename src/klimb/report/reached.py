@@ -42,12 +42,17 @@ def ceiling_rows(points: Sequence[Point], most: float, num: int = 60) -> list[di
     ]
 
 
-def trajectory_rows(found: Found, stretches: int = STRETCHES) -> list[dict[str, Any]]:
-    """Where training went: means of the fresh draws' reward and KL over at most so many stretches of steps."""
+def steps_told(found: Found) -> list[tuple[Any, float, float]]:
+    """Number, KL and reward of each step that drew."""
     steps = [(r.get("step"), of_step(r, "kl"), of_step(r, "reward")) for r in found.steps]
-    known = [
+    return [
         (step, kl.value, reward.value) for step, kl, reward in steps if kl is not None and reward is not None
     ]
+
+
+def trajectory_rows(found: Found, stretches: int = STRETCHES) -> list[dict[str, Any]]:
+    """Where training went: means of the fresh draws' reward and KL over at most so many stretches of steps."""
+    known = steps_told(found)
     if len(known) < 2:
         return []
     rows = []

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from klimb.data import Prompt
-from klimb.rewards.texts import said
+from klimb.rewards.texts import against, column_needed
 
 NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-+])?"  # a sign
@@ -40,20 +40,16 @@ class Exact:
     casefold: bool = False
 
     name = "exact"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return (self.column,)
+    needs = property(column_needed)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
     ) -> list[float | None]:
         """One number a completion."""
-        return [
-            None if answer is None else float(self._plain(said(completion)) in self._all(answer))
-            for completion, answer in zip(completions, columns[self.column], strict=True)
-        ]
+        return against(completions, columns[self.column], self._same)
+
+    def _same(self, text: str, answer: Any) -> float:
+        return float(self._plain(text) in self._all(answer))
 
     def _all(self, answer: Any) -> list[str]:
         return [self._plain(str(one)) for one in (answer if isinstance(answer, list | tuple) else [answer])]
@@ -83,15 +79,11 @@ class Numeric:
     tolerance: float = 0.0
 
     name = "numeric"
+    needs = property(column_needed)
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 0:
             raise ValueError(f"option tolerance: got {self.tolerance}, expected 0 or more")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return (self.column,)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
@@ -101,13 +93,10 @@ class Numeric:
         Raises:
             ValueError: an answer without a number.
         """
-        return [
-            None if answer is None else self._right(last_number(said(completion)), answer)
-            for completion, answer in zip(completions, columns[self.column], strict=True)
-        ]
+        return against(completions, columns[self.column], self._right)
 
-    def _right(self, found: Decimal | None, answer: Any) -> float:
-        wanted = last_number(str(answer))
+    def _right(self, text: str, answer: Any) -> float:
+        found, wanted = last_number(text), last_number(str(answer))
         if wanted is None:
             raise ValueError(f"column {self.column!r}: got {answer!r}, expected a number, or text with one")
         if found is None:

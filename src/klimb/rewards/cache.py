@@ -28,14 +28,14 @@ Ask = Callable[[Sequence[Prompt], Sequence[Any], Mapping[str, Any]], list[float 
 
 
 def reward_cache(path: str | Path) -> Callable[..., list[float | None]]:
-    """What `klimb.rewards.load.weighted_sum` takes as its cache; several runs may use one file at the same time.
+    """What `klimb.rewards.weighted_sum` takes as its cache; several runs may use one file at the same time.
 
     Raises:
         ValueError: the file is there and is no such cache. It is made when it is first written to.
 
     Example:
         >>> import tempfile
-        >>> from klimb.rewards.load import weighted_sum
+        >>> from klimb.rewards.weighted_sum import weighted_sum
         >>> def brevity(completions):
         ...     print("scored:", *completions)
         ...     return [-float(len(c)) for c in completions]

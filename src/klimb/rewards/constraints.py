@@ -16,7 +16,7 @@ from typing import Any
 
 from klimb.data import Prompt
 from klimb.nearest import nearest
-from klimb.rewards.texts import said, words
+from klimb.rewards.texts import against, column_needed, said, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,13 @@ class Constraints:
     all_or_nothing: bool = False
 
     name = "constraints"
+    needs = property(column_needed)
 
     def __post_init__(self) -> None:
         if (self.rules is None) == (self.column is None):
             raise ValueError("expected one of the options rules and column")
         if self.rules is not None:
             _pairs(self.rules, "option rules")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return () if self.column is None else (self.column,)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
@@ -65,10 +61,9 @@ class Constraints:
             pairs = _pairs(self.rules, "option rules")
             return [self._kept(said(completion), pairs) for completion in completions]
         where = f"column {self.column!r}"
-        return [
-            None if rules is None else self._kept(said(completion), _pairs(rules, where))
-            for completion, rules in zip(completions, columns[self.column], strict=True)
-        ]
+        return against(
+            completions, columns[self.column], lambda text, rules: self._kept(text, _pairs(rules, where))
+        )
 
     def _kept(self, text: str, pairs: Sequence[tuple[str, Any]]) -> float:
         if not text.strip():

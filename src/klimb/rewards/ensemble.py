@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from klimb.data import Prompt, Reward
+from klimb.rewards.load import load_reward
+from klimb.rewards.source_hash import source_hash
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,13 @@ class Ensemble:
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: object
     ) -> list[float]:
         """One number a completion; in a run the members are scored, checked and cached one by one instead."""
-        from klimb.rewards.load import weighted_sum
+        from klimb.rewards.weighted_sum import weighted_sum
 
         return weighted_sum([self])(prompts, completions, **columns)
 
     @property
     def source_hash(self) -> str:
         """Of the members' code and how they are put together."""
-        from klimb.rewards.load import source_hash
-
         known = [*map(source_hash, self.members), self.aggregate, repr(self.k)]
         return hashlib.sha256(" ".join(known).encode()).hexdigest()
 
@@ -91,8 +91,6 @@ def ensemble(
     Source: Coste et al., "Reward model ensembles help mitigate overoptimization", 2024 (worst case and uncertainty weighted, whose
     penalty is the variance, not the deviation as here); Eisenstein et al., "Helping or herding?", 2023.
     """
-    from klimb.rewards.load import load_reward
-
     if len(models) < 2:
         raise ValueError(f"reward ensemble: got {len(models)} models, expected two or more to disagree")
     if not 0 <= k < np.inf:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from klimb.data import Prompt
-from klimb.rewards.texts import optional, said, words
+from klimb.rewards.texts import against, column_needed, optional, said, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class JsonSchema:
     column: str | None = None
 
     name = "json_schema"
+    needs = property(column_needed)
 
     def __post_init__(self) -> None:
         if (self.schema is None) == (self.column is None):
@@ -72,11 +73,6 @@ class JsonSchema:
         if self.schema is not None:
             _validator(self.schema, "option schema")
         optional("jsonschema", extra="rewards")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return () if self.column is None else (self.column,)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
@@ -90,10 +86,9 @@ class JsonSchema:
             fits = _validator(self.schema, "option schema")
             return [_fits(fits, said(completion)) for completion in completions]
         where = f"column {self.column!r}"
-        return [
-            None if schema is None else _fits(_validator(schema, where), said(completion))
-            for completion, schema in zip(completions, columns[self.column], strict=True)
-        ]
+        return against(
+            completions, columns[self.column], lambda text, schema: _fits(_validator(schema, where), text)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

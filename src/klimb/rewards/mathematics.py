@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klimb.data import Prompt
-from klimb.rewards.texts import optional, said
+from klimb.rewards.texts import against, column_needed, optional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +32,12 @@ class Mathematics:
     timeout: int = 5
 
     name = "math"
+    needs = property(column_needed)
 
     def __post_init__(self) -> None:
         if self.timeout < 1:
             raise ValueError(f"option timeout: got {self.timeout}, expected 1 or more seconds")
         optional("math_verify", extra="rewards")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return (self.column,)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
@@ -53,10 +49,7 @@ class Mathematics:
         """
         answers = columns[self.column]
         read = {str(a): self._answer(str(a)) for a in answers if a is not None}
-        return [
-            None if answer is None else self._right(read[str(answer)], said(completion))
-            for completion, answer in zip(completions, answers, strict=True)
-        ]
+        return against(completions, answers, lambda text, answer: self._right(read[str(answer)], text))
 
     @property
     def _limit(self) -> Any:

@@ -162,10 +162,20 @@ def model_reward(
 
 
 def folder_hash(folder: Path, config: Any, *beside: str) -> str:
-    """A sha256 of a model's files, or of its id and revision on the hub, and of what else its score depends on."""
+    """A sha256 of a model's files, or of its id and revision on the hub, and of what else its score depends on.
+
+    Raises:
+        ValueError: it is no folder, and the configuration names no revision of the hub.
+    """
     digest = hashlib.sha256("".join(beside).encode())
     if not folder.is_dir():
-        digest.update(f"{folder}@{config._commit_hash}".encode())
+        revision = getattr(config, "_commit_hash", None)
+        if revision is None:
+            raise ValueError(
+                f"model {folder}: got neither a folder nor a revision of the hub, so nothing would tell when its weights change; "
+                "expected the folder that save_pretrained wrote, or a hub id"
+            )
+        digest.update(f"{folder}@{revision}".encode())
     for file in sorted(
         p for p in folder.glob("*") if p.suffix in {".json", ".jinja", ".safetensors", ".model", ".txt"}
     ):

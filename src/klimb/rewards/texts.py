@@ -1,10 +1,10 @@
-"""What rewards share: the text of a completion, the words in it, and packages that only some of them need."""
+"""What rewards share: the text of a completion beside what its row gives, the words in it, packages that only some need."""
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,26 @@ def said(completion: Any) -> str:
         ('hi', 'hi')
     """
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def against(
+    completions: Sequence[Any], given: Sequence[Any], judge: Callable[[str, Any], float]
+) -> list[float | None]:
+    """What a judge says of each completion's text beside what its row gives; None where the row gives nothing.
+
+    Example:
+        >>> against(["4", "5", "6"], ["4", "4", None], lambda text, answer: float(text == answer))
+        [1.0, 0.0, None]
+    """
+    return [
+        None if one is None else judge(said(completion), one)
+        for completion, one in zip(completions, given, strict=True)
+    ]
+
+
+def column_needed(reward: Any) -> tuple[str, ...]:
+    """The columns that a reward with an option `column` looks at: that one, or none where the option is left out."""
+    return () if reward.column is None else (reward.column,)
 
 
 def words(text: str) -> Sequence[str]:

@@ -13,7 +13,7 @@ import torch
 
 from klimb.data import Draws, Example, Reward, Sampler, pick
 from klimb.models.policy import CausalPolicy
-from klimb.rewards.load import score
+from klimb.rewards.score import score
 
 
 def best_of(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from klimb.data import Draws, Example, Sampler, join, pick, select, stack
 from klimb.models.policy import CausalPolicy
-from klimb.rewards.load import score
+from klimb.rewards.score import score
 from klimb.target import Tilt
 
 

@@ -40,6 +40,7 @@ def create_run(
     seed: int | None = None,
     reward_hashes: Mapping[str, str] | None = None,
     resume: bool = False,
+    written: Mapping[str, object] | None = None,
 ) -> Path:
     """Make a run directory with its config.yaml and env.json, or take up the one that is there.
 
@@ -49,6 +50,7 @@ def create_run(
         seed: of the run, for env.json.
         reward_hashes: name -> sha256 of the reward's code, for env.json.
         resume: take up the run that is there; its configuration has to be `config`.
+        written: what its config.yaml means today, in the place of what stands there: an older one lacks options.
 
     Raises:
         ValueError: a run is there and not to be resumed, or none is and it is, or its configuration differs.
@@ -60,7 +62,8 @@ def create_run(
             raise ValueError(
                 f"{run}: holds no run to resume{nearest_run(run)}; expected the output_dir of a run that was started"
             )
-        _same_config(run, yaml.safe_load(config_file.read_text(encoding="utf-8")), config)
+        there = config_file.read_text(encoding="utf-8") if written is None else as_yaml(written)
+        _same_config(run, yaml.safe_load(there), config)
         clear_interrupted(run)
         return run
     check_free(run)

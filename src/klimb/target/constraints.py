@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from klimb.data import Prompt, Reward
 from klimb.models.policy import CausalPolicy
-from klimb.rewards.load import WeightedSum, weighted_sum
+from klimb.rewards.weighted_sum import WeightedSum, weighted_sum
 from klimb.target.tilt import Tilt, tilt
 
 

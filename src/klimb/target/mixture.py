@@ -18,7 +18,7 @@ import torch
 
 from klimb.data import Draws, Example, Policy, Prompt, Reward
 from klimb.models.policy import CausalPolicy
-from klimb.rewards.load import weighted_sum
+from klimb.rewards.weighted_sum import weighted_sum
 from klimb.target.tilt import Tilt, require_beta, tilt
 
 
