@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+import unittest.mock
 
 import torch
 
@@ -70,7 +71,6 @@ def run(ranks, settings, verb="climb", resume=False, steps=None):
     from klimb.config import load
     from klimb.watch import Watch
 
-    edge.report = lambda path, watch: None
     seen = []
     watch = Watch(
         event=lambda kind, record: seen.append(kind) if kind == "step" else None,
@@ -79,7 +79,8 @@ def run(ranks, settings, verb="climb", resume=False, steps=None):
     options = [
         part for name, x in settings.items() for part in (f"--{name}", "null" if x is None else str(x))
     ]
-    getattr(edge, verb)(load(None, options), resume=resume, ranks=ranks, watch=watch)
+    with unittest.mock.patch.object(edge, "report", lambda path, watch: None):
+        getattr(edge, verb)(load(None, options), resume=resume, ranks=ranks, watch=watch)
 
 
 def runs(ranks, several):

@@ -344,7 +344,7 @@ def test_each_of_several_rewards_stands_in_a_table(make_run, options, klimb, ope
     assert list(written) == ["good", "length"]
 
     def told(page):
-        table = page.locator("table", has=page.locator("caption", has_text="Each reward by itself"))
+        table = page.get_by_role("region", name="Each reward by itself").locator("table")
         rows = [row.locator("th, td").all_inner_texts() for row in table.locator("tr").all()]
         return rows[0], {name: cells for name, *cells in rows[1:]}
 

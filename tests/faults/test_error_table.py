@@ -96,9 +96,9 @@ CASES = [
     ),
     (
         "goal past the pool",
-        {"kl_budget": None, "reward_goal": 0.9},
+        {"kl_budget": None, "reward_goal": 0.85},
         None,
-        ["reward_goal 0.9: got 32 draws", "KL of", "needs about"],
+        ["reward_goal 0.85: got 32 draws", "KL of", "needs about"],
     ),
     ("one draw", {"num_generations": 1, "num_replay": 0}, None, ["num_generations 1", "at least 2"]),
     ("replay past the pool", {"num_replay": 33}, None, ["33", "num_plan_draws is 32"]),
