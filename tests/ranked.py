@@ -79,7 +79,7 @@ def run(ranks, settings, verb="climb", resume=False, steps=None):
     options = [
         part for name, x in settings.items() for part in (f"--{name}", "null" if x is None else str(x))
     ]
-    with unittest.mock.patch.object(edge, "report", lambda path, watch: None):
+    with unittest.mock.patch.object(edge, "report", return_value=None):
         getattr(edge, verb)(load(None, options), resume=resume, ranks=ranks, watch=watch)
 
 
