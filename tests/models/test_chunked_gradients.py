@@ -151,6 +151,14 @@ def test_gradients_are_added_to_what_is_there(build, tokenizer, pool):
     assert relative([p.grad for p in policy.trainable], [2 * g for g in once]) < 1e-12
 
 
+@pytest.mark.parametrize(("width", "tokens"), [(64, 2048), (576, 2048), (1536, 768), (4096, 512)])
+def test_a_chunk_is_as_large_as_the_model_is_narrow(build, tokenizer, width, tokens):
+    policy = CausalPolicy(build("gpt2"), tokenizer)
+    policy.model.config.hidden_size = width
+    assert policy.chunk_tokens == tokens
+    assert replace(policy, max_chunk_tokens=7).chunk_tokens == 7
+
+
 @pytest.mark.parametrize(("group_tokens", "passes"), [(2048, 1), (40, 4)])
 def test_a_group_that_fits_is_read_once(pool, build, tokenizer, examples, monkeypatch, group_tokens, passes):
     """Left to itself a chunk is small; the draws of one prompt still go together as long as the memory allows."""

@@ -166,7 +166,7 @@ def attention_apart(road, layout, prompts, rows):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("steps", [256, 2])
+@pytest.mark.parametrize("steps", [64, 2])
 def test_attention_and_its_backward_pass(prompts, rows, steps, monkeypatch):
     monkeypatch.setattr(shared_attention, "STEPS", steps)
     layout = shared_attention.laid_out(prompts, rows)

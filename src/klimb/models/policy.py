@@ -27,9 +27,11 @@ from klimb.models.written_out import is_llama_like, through_layers
 from klimb.ranks import ALONE, Ranks
 
 CHUNK_TOKENS = {"cuda": 4096}
-"""512 keep a CPU busy and its memory small; a GPU would wait for Python with so few"""
-GROUP_TOKENS = 2048
-"""the draws of one prompt are an update's smallest unit: up to so many go together even so, rather than being read twice"""
+"""a GPU would wait for Python with fewer"""
+CHUNK_NUMBERS = 2048 * 576
+"""elsewhere: the numbers of one state of so many tokens; a small model would wait for Python with fewer, a large one wants memory"""
+FEWEST_TOKENS, GROUP_TOKENS = 512, 2048
+"""of a chunk, however wide the model; and the draws of one prompt are an update's smallest unit: up to so many go together even so, rather than being read twice"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class CausalPolicy:
     @property
     def chunk_tokens(self) -> int:
         """Completion tokens that go through the model together."""
-        return self.max_chunk_tokens or CHUNK_TOKENS.get(self.device.type, 512)
+        fit = CHUNK_NUMBERS // self.model.config.get_text_config().hidden_size
+        usual = max(FEWEST_TOKENS, min(fit, GROUP_TOKENS))
+        return self.max_chunk_tokens or CHUNK_TOKENS.get(self.device.type, usual)
 
     @property
     def group_tokens(self) -> int:

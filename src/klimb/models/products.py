@@ -103,14 +103,16 @@ class Product:
         if self.adapter is None or narrow is None:
             return None
         g_narrow = upstream @ self.adapter[1].t()
+        adapters = [part.adapter for part in self.parts if part.adapter is not None]
+        to_narrow = g_narrow.t() @ x if any(a.requires_grad for a, *_ in adapters) else None
         start = 0
         for piece, part in zip(pieces, self.parts, strict=True):
             if part.adapter is None:
                 continue
             a, wide, scale = part.adapter
             mine = slice(start, start := start + len(a))
-            if a.requires_grad:
-                found[id(a)] = (g_narrow[:, mine].t() @ x).mul_(scale)
+            if to_narrow is not None and a.requires_grad:
+                found[id(a)] = to_narrow[mine].mul_(scale)
             if wide.requires_grad:
                 found[id(wide)] = piece.t() @ narrow[:, mine]
         return g_narrow

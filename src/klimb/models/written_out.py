@@ -216,7 +216,7 @@ def _backward(
     g_gate_up = torch.empty_like(seen.gate_up)
     g_gate, g_up = g_gate_up.chunk(2, 1)
     torch.mul(g_active, active, out=g_up)
-    g_gate.copy_(torch.ops.aten.silu_backward(g_active.mul_(up), gate))
+    torch.ops.aten.silu_backward(g_active.mul_(up), gate, grad_input=g_gate)
     read, size = _norm(layer.mlp_norm, seen.middle)
     g_read = layer.gate_up.backward(g_gate_up, read, n_gate_up, found)
     g = g + _norm_backward(layer.mlp_norm, g_read, seen.middle, size, found)
