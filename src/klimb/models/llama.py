@@ -92,7 +92,7 @@ class LlamaDecoder:
         for i, layer in enumerate(self.layers):
             heads = layer.query_key_value(normed(layer.attention_norm, x)).reshape(len(x), -1, self.width)
             turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-            turned = (turned * cos).add_(half_turned(turned).mul_(sin))
+            turned = (turned * cos).addcmul_(half_turned(turned), sin)
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
             x = x + layer.output(self.memory.attention(i, query, key, value).reshape(len(x), -1))
             gate, up = layer.gate_up(normed(layer.mlp_norm, x)).chunk(2, 1)

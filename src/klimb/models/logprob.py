@@ -44,11 +44,13 @@ class Head:
         return torch.cat([block._logits(hidden) for block in self.blocks()], 1)
 
     def laid_out(self) -> Callable[[Tensor], Tensor]:
-        """`logits` for many calls with few rows each: on a CPU the weight is laid out for the processor once.
+        """`logits` for many calls with few rows each, narrow ones as the product leaves them: on a CPU its weight is laid out once.
 
         Not differentiable, and not for use after the weight has moved.
         """
         product = laid_out_product(self.weight, self.bias)
+        if self.scale == 1.0 and self.softcap is None:
+            return product
         return lambda hidden: self._as_logits(product(hidden))
 
     def blocks(self) -> list[Head]:

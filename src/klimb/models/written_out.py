@@ -190,7 +190,7 @@ def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
     heads, n_qkv = layer.query_key_value.forward(_norm(layer.attention_norm, x)[0])
     heads = heads.unflatten(1, (-1, place.cos.shape[-1]))
     turned = heads[:, : -place.kv_heads]
-    turned = (turned * place.cos).add_(half_turned(turned).mul_(place.sin))
+    turned = (turned * place.cos).addcmul_(half_turned(turned), place.sin)
     query, key, value = (
         turned[:, : -place.kv_heads],
         turned[:, -place.kv_heads :],

@@ -163,7 +163,7 @@ def draw_tokens(
     """One token a row by the inverse of the cumulated distribution, and its log-probability under that law.
 
     Args:
-        logits: [R, V] float32 or wider.
+        logits: [R, V]; sums are in float32 or wider.
         uniform: [R] float64 in [0, 1).
         temperature: divides the logits.
         top_p: keep the smallest set of tokens with at least this probability.
@@ -175,13 +175,10 @@ def draw_tokens(
         >>> draw_tokens(torch.log(torch.tensor([[0.2, 0.5, 0.3]])), torch.tensor([0.6], dtype=torch.float64))[0]
         tensor([1])
     """
-    if temperature != 1.0:
-        logits = logits / temperature
-    if top_p < 1.0:
-        ordered, index = logits.sort(1, descending=True)
-        before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)
-        logits = logits.scatter(1, index, ordered.masked_fill(before >= top_p, -torch.inf))
-    mass = (logits - logits.amax(1, keepdim=True)).exp_()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if temperature != 1.0 or top_p < 1.0:
+        logits = _altered(logits.to(wide), temperature, top_p)
+    mass = logits.softmax(1, dtype=wide)
     rows, vocabulary = mass.shape
     padded = torch.nn.functional.pad(mass, (0, -vocabulary % BLOCK)) if vocabulary % BLOCK else mass
     blocks = padded.reshape(rows, -1, BLOCK)
@@ -197,6 +194,16 @@ def draw_tokens(
         token[massless] = mass[massless].argmax(1)
     log_prob = mass.gather(1, token[:, None])[:, 0].double().log() - over_blocks[:, -1].log()
     return token, log_prob
+
+
+def _altered(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    logits = logits / temperature
+    if top_p == 1.0:
+        return logits
+    ordered, index = logits.sort(1, descending=True)
+    mass = ordered.softmax(1)
+    before = mass.cumsum(1) - mass
+    return logits.scatter(1, index, ordered.masked_fill(before >= top_p, -torch.inf))
 
 
 def _first_above(cumulated: Tensor, goal: Tensor) -> Tensor:
