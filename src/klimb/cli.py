@@ -197,7 +197,7 @@ def sample_(
 
     _quieten()
     with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb.run import run_sample, write_samples
+        from klimb.sampling import run_sample, write_samples
 
         pools = run_sample(
             settings,
