@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import klimb.target
-from klimb.config.options import PYTHON_ONLY
+from klimb.config.kinds import PYTHON_ONLY
 from klimb.store import list_checkpoints
 
 CHAT = [{"role": "user", "content": "write a review"}]

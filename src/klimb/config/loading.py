@@ -9,8 +9,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from klimb.config.kinds import PYTHON_ONLY, UNIONS, Context
 from klimb.config.of_trl import OF_TRL
-from klimb.config.options import PYTHON_ONLY, UNIONS, Config, Context
+from klimb.config.options import Config
 from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, parted
 
