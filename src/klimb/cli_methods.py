@@ -91,7 +91,9 @@ def inspect_(
     draws: Annotated[
         str, typer.Option(help="Whose: policy, reference, or other (a law that stays).")
     ] = "policy",
-    num_draws: Annotated[int, typer.Option(min=1, max=4, help="Draws a prompt.")] = 3,
+    num_draws: Annotated[
+        int, typer.Option("--num_draws", "--num-draws", min=1, max=4, help="Draws a prompt.")
+    ] = 3,
     kl_penalty: Annotated[
         str | None,
         typer.Option(

@@ -35,6 +35,11 @@ def measured(
         parts = loaded.ranks.from_first(
             partial(_held_out_parts, loaded, path, policy_folder or path / "policy")
         )
+    if config.touched("measure_prompts") and config.measure_prompts > len(loaded.test_examples):
+        watch.event(
+            "warning",
+            f"measure_prompts {config.measure_prompts}: there are {len(loaded.test_examples)}, and all of them are measured on",
+        )
     if config.dataset_test_split is None:
         watch.event("warning", "measured on the training prompts: dataset_test_split is null")
     try:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
-from klimb.config.values import STRICT, Amount, Count, Place, Positive
+from klimb.config.values import Amount, Count, Name, Part, Place, Positive, Real
 
 UNIONS = {"family": "lora", "target": "tilt", "sampler": "vllm"}
 """keys that hold one of several kinds -> the kind unless said"""
 
 
-class Lora(BaseModel):
+class Lora(Part):
     """Low-rank adapters beside the frozen model."""
-
-    model_config = STRICT
 
     kind: Literal["lora"] = "lora"
     r: Count = 16
@@ -30,18 +28,14 @@ class Lora(BaseModel):
     """folder of an adapter to go on from; frozen, it is the reference"""
 
 
-class Full(BaseModel):
+class Full(Part):
     """Every weight moves; the reference is a frozen copy."""
-
-    model_config = STRICT
 
     kind: Literal["full"] = "full"
 
 
-class SoftPrompt(BaseModel):
+class SoftPrompt(Part):
     """A few trained vectors before the prompt; the model stays."""
-
-    model_config = STRICT
 
     kind: Literal["soft_prompt"] = "soft_prompt"
     num_virtual_tokens: Count = 16
@@ -50,10 +44,8 @@ class SoftPrompt(BaseModel):
     """a text that they start as: the target's context, one of your own, or random; random too without a context"""
 
 
-class Prefix(BaseModel):
+class Prefix(Part):
     """Trained keys and values that every layer sees before the prompt; the model stays."""
-
-    model_config = STRICT
 
     kind: Literal["prefix"] = "prefix"
     num_virtual_tokens: Count = 16
@@ -62,58 +54,46 @@ class Prefix(BaseModel):
     """a text whose keys and values they start as: the target's context, one of your own, or random; random too without a context"""
 
 
-class OwnSampler(BaseModel):
+class OwnSampler(Part):
     """The model of the run draws by itself, token by token."""
-
-    model_config = STRICT
 
     kind: Literal["ancestral"] = "ancestral"
 
 
-class VllmSampler(BaseModel):
+class VllmSampler(Part):
     """vLLM draws with the same model; the policy is handed to it before it does."""
-
-    model_config = STRICT
 
     kind: Literal["vllm"] = "vllm"
     url: str | Annotated[list[str], Field(min_length=1)] | None = None
     """a server's address, such as http://localhost:8000, or those of several, which share the prompts; left out: an engine of this process"""
     steps_ahead: Amount = 0
     """steps for which draws are begun beforehand, by the policy of that time, so that the server draws while the trainer learns"""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    gpu_memory_utilization: Annotated[Real, Field(gt=0, lt=1)] = 0.4
     """share of the device's memory that an engine of this process takes while it draws"""
 
 
-class PlainTilt(BaseModel):
+class PlainTilt(Part):
     """The reference tilted by the reward: ref exp(reward / beta)."""
-
-    model_config = STRICT
 
     kind: Literal["tilt"] = "tilt"
 
 
-class EntropyBonus(BaseModel):
+class EntropyBonus(Part):
     """The tilt with a bonus on entropy, which flattens it; needs a beta."""
-
-    model_config = STRICT
 
     kind: Literal["entropy_bonus"] = "entropy_bonus"
     bonus: Positive
     """worth of entropy, reward per nat"""
 
 
-class LengthNormalized(BaseModel):
+class LengthNormalized(Part):
     """The tilt by reward per token; beta and reward_goal count that."""
-
-    model_config = STRICT
 
     kind: Literal["length_normalized"] = "length_normalized"
 
 
-class Context(BaseModel):
+class Context(Part):
     """The reference under a context, which the policy learns to do without; Z = 1 and beta is 1."""
-
-    model_config = STRICT
 
     kind: Literal["context"] = "context"
     context: str | None = None
@@ -130,13 +110,11 @@ class Context(BaseModel):
         return self
 
 
-class Teacher(BaseModel):
+class Teacher(Part):
     """Another model of the same vocabulary; Z = 1 and beta is 1."""
 
-    model_config = STRICT
-
     kind: Literal["teacher"] = "teacher"
-    teacher: str
+    teacher: Name
     """hub id or local folder, also of an adapter of this run's model, such as RUN/policy"""
     token_map: Place | None = None
     """of a teacher with another tokenizer: file of JSON, for each token of the model the teacher's number"""

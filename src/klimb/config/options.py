@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from klimb.config.kinds import (
     TAUGHT,
@@ -26,26 +26,24 @@ from klimb.config.kinds import (
 )
 from klimb.config.methods import DRAWN, FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED
 from klimb.config.together import DESTINATIONS, check_together
-from klimb.config.values import STRICT, Amount, Count, Place, Positive, Share
+from klimb.config.values import Amount, Count, Name, Part, Place, Positive, Real, Seed, Share, Whole
 from klimb.nearest import nearest
 
 
-class Config(BaseModel):
+class Config(Part):
     """All that a run depends on."""
 
-    model_config = STRICT
-
-    model_name_or_path: str = "smollm2-135m"
+    model_name_or_path: Name = "smollm2-135m"
     """hub id, local folder with safetensors, or smollm2-135m"""
-    model_revision: str = "main"
+    model_revision: Name = "main"
     """branch, tag or commit of a hub model"""
     dtype: Literal["bfloat16", "float32", "float64", "float16", "nf4"] | None = None
     """of the weights; left out: bfloat16 where the processor has it, else float32; nf4: 4 bits a frozen weight (QLoRA), on a GPU"""
-    device: str | None = None
+    device: Name | None = None
     """cpu, cuda, cuda:1, ...; left out: cuda if there is one"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
-    reference: str | None = None
+    reference: Name | None = None
     """another model of the same tokenizer; left out: the starting policy"""
     family: Annotated[Lora | Full | SoftPrompt | Prefix, Field(discriminator="kind")] = Lora()
     """which weights move"""
@@ -54,13 +52,13 @@ class Config(BaseModel):
     sampler: Annotated[OwnSampler | VllmSampler, Field(discriminator="kind")] = OwnSampler()
     """who draws completions"""
 
-    dataset_name: str
+    dataset_name: Name
     """file of prompts (.jsonl, .csv, .parquet), folder, or id of a data set"""
-    dataset_train_split: str = "train"
+    dataset_train_split: Name = "train"
     """prompts to plan and train on"""
-    dataset_test_split: str | None = "test"
+    dataset_test_split: Name | None = "test"
     """prompts to measure on; null: the training prompts"""
-    prompt_column: str = "prompt"
+    prompt_column: Name = "prompt"
     """text, or a list of chat messages"""
     max_prompts: Count | None = None
     """plan and train on at most this many prompts, from the start; left out: all"""
@@ -69,12 +67,12 @@ class Config(BaseModel):
     """completions that are drawn and rewarded, or those of dataset_name: chosen and rejected, labelled, ranked, or alone"""
     judge: Literal["labels", "scores", "margins"] = "labels"
     """of two completions of data: who won, the chance that the difference of their scores gives, or (reward_model) who won and by how much at least"""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    label_smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = 0.0
     """chance that a label of dpo, wpo or reward_model is wrong"""
-    center_rewards_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    center_rewards_coefficient: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = 0.0
     """of reward_model: price of scores whose mean over a prompt's completions is not zero"""
 
-    reward_funcs: list[str | dict[str, Any]] = []
+    reward_funcs: list[str | dict[str, Any]] = Field([])
     """a built-in reward, file.py:function, package.module:function, or a sequence-classification model, also with options as {func: NAME, ...}; one or several, none only with learn_from data"""
     reward_weights: list[float] | None = None
     """one a reward; left out: 1 each"""
@@ -83,23 +81,23 @@ class Config(BaseModel):
 
     target: Annotated[Aim, Field(discriminator="kind")] = PlainTilt()
     """where to go; the tilt unless said"""
-    beta: float | None = None
+    beta: Real | None = None
     """price of KL, reward per nat; give this, kl_budget or reward_goal"""
     kl_budget: Positive | None = None
     """nats the best policy may be away from the reference; the plan finds its beta"""
-    reward_goal: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    reward_goal: Annotated[Real, Field(allow_inf_nan=False)] | None = None
     """mean reward the best policy shall have; the plan finds its beta"""
 
     plan: Place | None = None
     """an earlier run, or its draws/plan.parquet, whose pool is used instead of a new one"""
-    num_plan_draws: Annotated[int, Field(ge=2)] = 40
+    num_plan_draws: Annotated[Whole, Field(ge=2)] = 40
     """reference draws a prompt; they support log(draws) - 2.5 nats"""
 
     method: str = "log_variance"
     """the objective; klimb methods lists them; distill for a target that is a policy, token by token; reward_model learns a reward from comparisons"""
     divergence: str = "forward_kl"
     """of distill, over the whole vocabulary: forward_kl, reverse_kl, jensen_shannon, skew_kl(0.1), ..."""
-    teacher_draws: Annotated[float, Field(ge=0, le=1)] = 1.0
+    teacher_draws: Annotated[Real, Field(ge=0, le=1)] = 1.0
     """of distill: share of the steps that learn from completions of the target; the others from the policy's own"""
     top_k: Count | None = None
     """of distill: the target's likeliest tokens that count one by one, the rest as one; left out: all"""
@@ -123,7 +121,7 @@ class Config(BaseModel):
     """tokens; longer completions are cut"""
     log_z: Literal["plan", "running", "learned"] = "plan"
     """of each prompt, for methods that need it: the plan's, one that every fresh draw goes into, or trajectory_balance's own"""
-    log_z_learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    log_z_learning_rate: Annotated[Real, Field(gt=0, le=1)] = 0.1
     """how far a learned log Z goes towards each batch's mean residual"""
     clip: Positive | None = None
     """nats of residual above which a draw counts linearly; left out: never"""
@@ -148,7 +146,7 @@ class Config(BaseModel):
     """nats at which beta, from the one given or planned on, follows to hold KL(policy||reference); left out: beta stays"""
     kl_horizon: Positive = 1000.0
     """completions over which that beta moves by a fifth at most"""
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 1.0
+    gae_lambda: Annotated[Real, Field(ge=0, le=1)] = 1.0
     """how far ppo trusts rewards over its critic; below 1 the critic's error biases"""
     value_learning_rate: Positive = 1e-3
     """of ppo's critic"""
@@ -161,7 +159,7 @@ class Config(BaseModel):
     """linear and cosine end at zero"""
     warmup_steps: Amount = 0
     """steps from zero to learning_rate"""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[Real, Field(ge=0, allow_inf_nan=False)] = 0.0
     """of AdamW"""
     adam_beta1: Share = 0.9
     """of AdamW"""
@@ -176,11 +174,11 @@ class Config(BaseModel):
     """measure on held-out prompts every so many steps; left out: never"""
     eval_prompts: Count = 16
     """held-out prompts of an evaluation during training"""
-    eval_draws: Annotated[int, Field(ge=2)] = 8
+    eval_draws: Annotated[Whole, Field(ge=2)] = 8
     """draws a prompt of it, of policy and reference each"""
     measure_prompts: Count = 24
     """held-out prompts of the final measurement"""
-    measure_draws: Annotated[int, Field(ge=2)] = 32
+    measure_draws: Annotated[Whole, Field(ge=2)] = 32
     """draws a prompt of it, of policy and reference each"""
 
     output_dir: Place = "runs/klimb"
@@ -189,9 +187,9 @@ class Config(BaseModel):
     """steps between checkpoints"""
     save_total_limit: Count = 2
     """checkpoints kept"""
-    report_to: list[str] = []
+    report_to: list[str] = Field([])
     """trackers that accelerate knows: trackio, wandb, tensorboard, mlflow, ..."""
-    seed: Amount = 0
+    seed: Seed = 0
     """of everything random"""
     max_chunk_tokens: Count | None = None
     """completion tokens that go through the model together; left out: 2048 of a small model on a CPU and fewer the wider it is, down to 512 (of one prompt 2048); 4096 on a GPU; less needs less memory"""
@@ -233,7 +231,7 @@ class Config(BaseModel):
     @classmethod
     def _rewards_are_named(cls, value: Any) -> Any:
         each = [value] if isinstance(value, str | Mapping) else value
-        for one in each if isinstance(each, list | tuple) else ():
+        for one in each if isinstance(each, list | tuple) else [each]:
             if not isinstance(one.get("func") if isinstance(one, Mapping) else one, str):
                 raise ValueError("expected the name of a reward, or {func: NAME} with its options")
         return each

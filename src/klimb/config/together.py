@@ -22,6 +22,12 @@ def check_together(config: Config) -> None:
         ValueError: what was got, what is expected, what to leave out.
     """
     given = [name for name in DESTINATIONS if getattr(config, name) is not None]
+    if config.target.kind in TAUGHT and given != ["beta"]:
+        other = next(name for name in given if name != "beta")
+        raise ValueError(
+            f"target.kind {config.target.kind} is a law already, whose beta is 1: got {other} {getattr(config, other):g}; leave it "
+            f"out (--{other} null)"
+        )
     if len(given) > 1:
         raise ValueError(
             f"got {' and '.join(f'{name} {getattr(config, name):g}' for name in given)}, expected one of "

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
+class Part(BaseModel):
+    """Options that belong together; an unknown one is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number (in YAML yes, no, on and off are true and false)")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Real = Annotated[float, BeforeValidator(_no_truth)]
+Count = Annotated[Whole, Field(ge=1)]
+Amount = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=10**18)]
+Positive = Annotated[Real, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[Real, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+Place = Annotated[Name, AfterValidator(os.path.expanduser)]
 """a path that no shell has read: ~ is the home folder"""
