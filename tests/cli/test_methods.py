@@ -58,6 +58,7 @@ def test_inspect_your_own(klimb, tmp_path):
         (["methods", "inspect", "forward_kl", "--num-draws", "9"], "less than or equal to 4"),
         (["methods", "--claim", "gradien"], "did you mean 'gradient'?"),
         (["methods", "--filter", "zzz"], "no row holds"),
+        (["methods", "grpo"], "klimb methods inspect grpo"),
     ],
 )
 def test_wrong_input(klimb, arguments, said):
