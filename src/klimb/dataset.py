@@ -219,7 +219,7 @@ def _from_datasets(name: str, split: str | None) -> Iterator[Row]:
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if Path(name).is_dir():
             raise ValueError(
-                f"{name}: got a folder, in which datasets finds no data set ({why}); name a file in it that ends in "
+                f"{name}: datasets cannot read this folder ({why}); or name a file in it that ends in "
                 f"{', '.join(READERS)}"
             ) from error
         raise ValueError(

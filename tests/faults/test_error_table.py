@@ -243,7 +243,12 @@ CASES = [
     ("a template that refuses", {}, "refuses", ["the chat template", "refuses the prompt", "no reviews"]),
     ("a class for a reward", {"reward_funcs": "rewards.py:Kind"}, None, ["got a class, expected a function"]),
     ("a law and a budget", {**TAUGHT, "kl_budget": 0.5}, None, ["got kl_budget 0.5", "--kl_budget null"]),
-    ("data of a folder without any", {"dataset_name": "none"}, "folder", ["none: got a folder", ".jsonl"]),
+    (
+        "data of a folder without any",
+        {"dataset_name": "none"},
+        "folder",
+        ["none: datasets cannot read this folder", ".jsonl"],
+    ),
     ("unknown tracker", {"report_to": "wandbb"}, None, ["report_to", "wandbb"]),
     ("no such model", {"model_name_or_path": "./nowhere"}, None, ["./nowhere"]),
     ("no such reference", {"reference": "./nowhere"}, None, ["./nowhere"]),
