@@ -36,7 +36,9 @@ FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; options go over it.")]
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", "--dry_run", help="Print the resolved configuration and stop.")
+]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Processes of this machine that share the work.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Profile = Annotated[
@@ -144,7 +146,7 @@ def measure_(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Certify how far a policy is from the best (or audit a reward model): klimb measure RUN, or -c FILE --policy FOLDER. Killed, it goes on when typed again."""
+    """Certify how far a policy is from the best (or audit a reward model): klimb measure RUN, or -c FILE --policy FOLDER, of which nothing is written. Killed, it goes on when typed again."""
     path, settings = _run_or_config(ctx.args, config)
     if dry_run:
         return _print_config(settings)
@@ -164,11 +166,14 @@ def measure_(
         with shown if ranks.first else nullcontext(UNWATCHED) as watch:
             from klimb.run import report, run_measure
 
+            # a certificate in the run's folder is of the run's own policy
+            is_own = path is None or policy is None or policy.resolve() == (path / settings.product).resolve()
+            own = path if is_own else None
             record = run_measure(
-                settings, policy_folder=str(folder), output_dir=path, watch=watch, ranks=ranks
+                settings, policy_folder=str(folder), output_dir=own, watch=watch, ranks=ranks
             )
-            if path is not None and ranks.first:
-                report(path)
+            if own is not None and ranks.first:
+                report(own)
     if ranks.first:
         _result(record, json_, lambda: screen.measurement(record))
 
@@ -179,7 +184,9 @@ def sample_(
     config: ConfigFile = None,
     policy: Policy = None,
     method: Annotated[str, typer.Option(help="ancestral, best_of or rejection.")] = "ancestral",
-    num_draws: Annotated[int, typer.Option("--num-draws", min=1, help="Completions a prompt.")] = 4,
+    num_draws: Annotated[
+        int, typer.Option("--num_draws", "--num-draws", min=1, help="Completions a prompt.")
+    ] = 4,
     n: Annotated[int, typer.Option("--n", min=1, help="Candidates of best_of.")] = 4,
     bound: Annotated[float | None, typer.Option(help="Upper bound of the reward, for rejection.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts.")] = None,
@@ -197,7 +204,7 @@ def sample_(
 
     _quieten()
     with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb.run import run_sample, write_samples
+        from klimb.sampling import run_sample, write_samples
 
         pools = run_sample(
             settings,
@@ -253,6 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"klimb: process {os.environ.get('RANK')}: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if os.environ.get("KLIMB_DEBUG") == "1" or error.filename is None:
+            raise
+        print(
+            f"klimb: {error.filename}: {error.strerror}; see to it that it is there and yours to read and write",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         print("klimb: stopped", file=sys.stderr)
         sys.exit(130)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from klimb.exact.linter import Findings
@@ -20,9 +21,25 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON on stdout, nothing e
 Beta = Annotated[float, typer.Option(help="Reward per nat, on rewards from 0 to 1.")]
 
 
+class Table(TyperGroup):
+    """The commands of the table; a word that is none of them may be a method."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first word names.
+
+        Raises:
+            ValueError: there is no such command.
+        """
+        if args[0] not in self.commands:
+            raise ValueError(
+                f"methods: no command {args[0]!r}; klimb methods inspect {args[0]} looks at a method of that name"
+            )
+        return super().resolve_command(ctx, args)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    methods = typer.Typer(invoke_without_command=True)
+    methods = typer.Typer(invoke_without_command=True, cls=Table)
     methods.callback()(methods_)
     methods.command("inspect")(inspect_)
     app.add_typer(methods, name="methods")
@@ -91,7 +108,9 @@ def inspect_(
     draws: Annotated[
         str, typer.Option(help="Whose: policy, reference, or other (a law that stays).")
     ] = "policy",
-    num_draws: Annotated[int, typer.Option(min=1, max=4, help="Draws a prompt.")] = 3,
+    num_draws: Annotated[
+        int, typer.Option("--num_draws", "--num-draws", min=1, max=4, help="Draws a prompt.")
+    ] = 3,
     kl_penalty: Annotated[
         str | None,
         typer.Option(

@@ -216,9 +216,14 @@ def _from_datasets(name: str, split: str | None) -> Iterator[Row]:
     try:
         table = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # datasets, the hub and the network each raise classes of their own
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if Path(name).is_dir():
+            raise ValueError(
+                f"{name}: datasets cannot read this folder ({why}); or name a file in it that ends in "
+                f"{', '.join(READERS)}"
+            ) from error
         raise ValueError(
-            f"{name}: no file of this name{nearest_file(Path(name))}, and as a data set: "
-            f"{type(error).__name__}: {error}"
+            f"{name}: no file of this name{nearest_file(Path(name))}, and as a data set: {why}"
         ) from error
     for number, row in enumerate(table, start=1):
         yield f"{name}, row {number}", row

@@ -97,7 +97,12 @@ def _read(path: Path, measured: Mapping[str, Any] | None) -> Run:
         raise ValueError(
             f"{path}: holds no run{nearest_run(path)}; expected the output_dir of a run that was started"
         )
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path / 'config.yaml'}: not YAML: {getattr(error, 'problem', None) or error}; write it as it was"
+        ) from error
     if not isinstance(config, Mapping):
         raise ValueError(
             f"{path / 'config.yaml'}: got a {type(config).__name__}, expected names and values; is it a run of klimb?"

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 
 from klimb.choice import check_method, chosen
 from klimb.comparisons import Judged, load_judged
@@ -29,7 +31,7 @@ from klimb.models.renumbered import read_numbers, renumber
 from klimb.models.sharded import shard
 from klimb.models.soft_prompt import soft_prompt
 from klimb.models.trained import load_trained
-from klimb.nearest import nearest_file
+from klimb.nearest import nearest, nearest_file
 from klimb.pool import prompts_at_once
 from klimb.ranks import ALONE, Ranks
 from klimb.rewards.cache import reward_cache
@@ -124,7 +126,7 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
     longest = 0
     for example in [*train_examples, *test_examples]:
         for who in everyone:
-            tokens = len(who.render(example))
+            tokens = _num_tokens(example, who)
             longest = max(longest, tokens)
             if tokens + config.max_completion_length > who.context_length:
                 virtual = f" beside {who.num_virtual} virtual tokens" if who.num_virtual else ""
@@ -259,13 +261,35 @@ def _named_teacher(name: str, config: Config) -> CausalPolicy:
 
 
 def options_of(config: Config) -> dict[str, Any]:
-    """How models are loaded."""
+    """How models are loaded.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     return {
         "dtype": None if config.dtype is None else DTYPES.get(config.dtype),
         "nf4": config.dtype == "nf4",
-        "device": config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": _device(config.device),
         "trust_remote_code": config.trust_remote_code,
     }
+
+
+def _device(name: str | None) -> str:
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return "cuda" if cards else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # a name that is none, or a card that is not there
+        there = ", ".join(["cpu", *(["cuda"] if cards else []), *(f"cuda:{i}" for i in range(cards))])
+        raise ValueError(
+            f"device: got {name!r}, which torch cannot use here; expected one of {there}"
+        ) from error
+    return name
 
 
 def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
@@ -294,10 +318,16 @@ def _policies(
     model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
     start = config.family.start if isinstance(config.family, Lora) else None
     if policy_folder is not None:
-        policy, reference = load_trained(
-            policy_folder, model, tokenizer, start=start, max_chunk_tokens=size, **options
-        )
+        try:
+            policy, reference = load_trained(
+                policy_folder, model, tokenizer, start=start, max_chunk_tokens=size, **options
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"{policy_folder}: its weights cannot be read ({error}); copy them again, or train once more"
+            ) from error
     elif isinstance(config.family, Lora):
+        _check_modules(model, config.family.target_modules)
         policy, reference = lora(
             model,
             tokenizer,
@@ -337,6 +367,35 @@ def _policies(
                 "generation_config.json"
             )
     return policy, reference
+
+
+def _num_tokens(example: Example, policy: CausalPolicy) -> int:
+    try:
+        return len(policy.render(example))
+    except TemplateError as error:  # of some models it takes no system message, or wants turns in order
+        raise ValueError(
+            f"the chat template of the model refuses the prompt {str(example.prompt)[:60]!r}...: {error}; change its messages, or give "
+            "it as text"
+        ) from error
+
+
+def _check_modules(model: torch.nn.Module, wanted: str | list[str]) -> None:
+    """Refuse the name of a layer that is not there: of several, peft passes over it and says nothing."""
+    if isinstance(wanted, str):  # a pattern
+        return
+    layers = [name for name, _ in model.named_modules()]
+    for one in wanted:
+        if not any(f".{name}".endswith(f".{one}") for name in layers):
+            there = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, part in model.named_modules()
+                    if isinstance(part, torch.nn.Linear)
+                }
+            )
+            raise ValueError(
+                f"family.target_modules: no layer is called {one!r}{nearest(one, there)}; there are {', '.join(there)}"
+            )
 
 
 def fingerprint(policy: CausalPolicy, *, numbers: int = 64) -> str:

@@ -29,6 +29,7 @@ FLOORS = [  # from the bottom
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
     {"loaded", "choice", "aim"},
     {"training", "planning", "diagnosis"},
+    {"beginning", "judging", "measuring", "sampling"},
     {"run", "reward_run", "problems"},
     {"integrations"},
     {"screen", "screen_derive", "screen_profile", "screen_diagnose", "screen_reward"},

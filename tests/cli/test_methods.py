@@ -55,9 +55,10 @@ def test_inspect_your_own(klimb, tmp_path):
         (["methods", "inspect", "nowhere.py:f"], "no such file"),
         (["methods", "inspect", "log_variance", "--beta", "0"], "expected a positive number"),
         (["methods", "inspect", "log_variance", "--draws", "polisy"], "did you mean 'policy'?"),
-        (["methods", "inspect", "forward_kl", "--num-draws", "9"], "less than or equal to 4"),
+        (["methods", "inspect", "forward_kl", "--num-draws", "9"], "or equal to 4"),
         (["methods", "--claim", "gradien"], "did you mean 'gradient'?"),
         (["methods", "--filter", "zzz"], "no row holds"),
+        (["methods", "grpo"], "klimb methods inspect grpo"),
     ],
 )
 def test_wrong_input(klimb, arguments, said):

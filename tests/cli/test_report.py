@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from klimb.numbers.frontier import frontier as library_frontier
 from klimb.report import draws as report_draws
 from klimb.report import found as report_found
 from klimb.report import frontier_chart, page, reached, step_charts, time_chart, words, write_report
+from klimb.report.draws import opening
 
 pytest.importorskip("altair")
 vl_convert = pytest.importorskip("vl_convert")
@@ -511,6 +513,38 @@ def test_a_run_that_only_planned(tmp_path):
     assert "these are the reference's" in text
 
 
+def test_a_system_message_that_all_share_is_said_once(tmp_path):
+    """A long one would be all that is seen of each prompt."""
+    system = {"role": "system", "content": "Write as if for a friend. " * 20}
+    asked = [f"Review thing number {i}." for i in range(4)]
+    chats = [[system, {"role": "user", "content": text}] for text in asked]
+    assert opening(chats) == system
+    assert opening(asked) is None
+    assert opening([*chats, [{"role": "user", "content": "alone"}]]) is None
+    assert opening([*chats, asked[0]]) is None
+    assert opening([chat[1:] for chat in chats]) is None
+
+    draws, reward = make_draws(4, 8)
+    chat_draws = replace(draws, examples=[Example(chat, {}) for chat in chats])
+    (tmp_path / "draws").mkdir()
+    store.write_draws(
+        tmp_path / "draws/plan.parquet",
+        chat_draws,
+        verb="plan",
+        hashes={"model": "aa"},
+        reward=reward,
+        log_ref=draws.log_q,
+    )
+    plan = make_plan()
+    plan["prompts"] = [{"id": str(i), "prompt": chat, "dead": False} for i, chat in enumerate(chats)]
+    store.write_json(tmp_path / "plan.json", plan)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "system: Write as if for a friend." in Page(page).text
+    for text in asked:
+        assert f"user: {text}" in page
+    assert page.count("system: Write as if") <= 3  # in the words above a table, not once a prompt
+
+
 def test_a_run_that_is_not_measured(tmp_path):
     run = make_run(tmp_path / "run", steps=20, size=(8, 8), measured=False)
     page = Page(write_report(run).read_text(encoding="utf-8"))
@@ -539,9 +573,9 @@ def test_every_step_only_replayed(tmp_path):
 
 
 def test_no_run_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"expected one that holds at least one of config\.yaml"):
+    with pytest.raises(ValueError, match=r"expected a folder that holds at least one of config\.yaml"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match="without a run"):
+    with pytest.raises(ValueError, match="no such folder"):
         write_report(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
 
@@ -680,7 +714,7 @@ def test_in_a_browser_it_draws_filters_and_runs_nothing_else(whole, tmp_path):
     )
     assert "<title>reviews · klimb report</title>" in done.stdout
     assert done.stdout.count('<svg xmlns="http://www.w3.org/2000/svg"') == 5
-    table = re.search(r'id="draws-table">(.*?)</table>', done.stdout, re.DOTALL).group(1)
+    table = re.search(r'id="draws-table"[^>]*>(.*?)</table>', done.stdout, re.DOTALL).group(1)
     found = sorted(re.findall(r"Number (\S+) of", table))
     assert found == ["13-7", "23-7", "3-7"]  # the reference's: the policy's all say the hostile thing
     assert "3 of 768 draws shown" in done.stdout

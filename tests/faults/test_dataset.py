@@ -65,7 +65,7 @@ def test_a_folder_is_read_by_datasets(tmp_path, monkeypatch):
     write(folder / "test-0.parquet", ROWS[1:])
     assert [e.prompt for e in load_examples(folder)] == [ROWS[0]["prompt"]]
     assert [e.prompt for e in load_examples(folder, split="test")] == [r["prompt"] for r in ROWS[1:]]
-    with pytest.raises(ValueError, match=r"as a data set: .*validation"):
+    with pytest.raises(ValueError, match=r"data: datasets cannot read this folder .*validation.*\.jsonl"):
         load_examples(folder, split="validation")
 
 

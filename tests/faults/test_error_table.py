@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import klimb.target
-from klimb.config.options import PYTHON_ONLY
+from klimb.config.kinds import PYTHON_ONLY
 from klimb.store import list_checkpoints
 
 CHAT = [{"role": "user", "content": "write a review"}]
@@ -222,6 +222,32 @@ CASES = [
             "sampler.kind vllm": {"sampler.url": "http://localhost:1"},
             "method reward_model": {"method": "reward_model"},
         }.items()
+    ),
+    ("a device that is none", {"device": "gpu"}, None, ["device: got 'gpu'", "expected one of cpu"]),
+    (
+        "a card that is not there",
+        {"device": "cuda:77"},
+        None,
+        ["device: got 'cuda:77'", "expected one of cpu"],
+    ),
+    ("a folder below a file", {"output_dir": "rewards.py/x"}, None, ["rewards.py is a file"]),
+    ("a folder without a name", {"output_dir": ""}, None, ["output_dir: got ''"]),
+    ("data without a name", {"dataset_name": ""}, None, ["dataset_name: got ''"]),
+    ("a seed of too many digits", {"seed": 10**30}, None, ["seed", "expected a number less than"]),
+    (
+        "a layer that is not there, beside one that is",
+        {"family.target_modules": ["q_proj", "v_porj"]},
+        None,
+        ["no layer is called 'v_porj'", "did you mean 'v_proj'"],
+    ),
+    ("a template that refuses", {}, "refuses", ["the chat template", "refuses the prompt", "no reviews"]),
+    ("a class for a reward", {"reward_funcs": "rewards.py:Kind"}, None, ["got a class, expected a function"]),
+    ("a law and a budget", {**TAUGHT, "kl_budget": 0.5}, None, ["got kl_budget 0.5", "--kl_budget null"]),
+    (
+        "data of a folder without any",
+        {"dataset_name": "none"},
+        "folder",
+        ["none: datasets cannot read this folder", ".jsonl"],
     ),
     ("unknown tracker", {"report_to": "wandbb"}, None, ["report_to", "wandbb"]),
     ("no such model", {"model_name_or_path": "./nowhere"}, None, ["./nowhere"]),
@@ -461,12 +487,14 @@ def words(completions, **columns): return ["good" for _ in completions]
 def nan(completions, **columns): return [float("nan") for _ in completions]
 def fails(completions, **columns): return [1 / 0 for _ in completions]
 def same(completions, **columns): return [1.0 for _ in completions]
+class Kind: pass
 """
 
 
 KEYS = {
     "no_weights": "model_name_or_path",
     "no_end": "model_name_or_path",
+    "refuses": "model_name_or_path",
     "other_words": "reference",
     "teacher_of_other_words": "target.teacher",
 }
@@ -487,6 +515,10 @@ def prepare(folder, settings, change):
         settings[KEYS[change]] = str(model)
     if change == "no_weights":
         (model / "model.safetensors").unlink()
+    elif change == "refuses":
+        (model / "chat_template.jinja").write_text("{{ raise_exception('no reviews') }}")
+    elif change == "folder":
+        (folder / "none").mkdir()
     elif change == "no_end":
         for name, key in (
             ("config.json", "eos_token_id"),
@@ -582,16 +614,42 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
         ("- a\n", ["got list"]),
         ("x: !!python/name:os.system\n", ["not YAML"]),
         ("dataset_name: a\n", ["no reward_funcs: expected a reward"]),
+        ("seed: 1\nbeta: 1\nseed: 2\n", ["run.yaml, line 3: seed stands there a second time", "line 1"]),
+        ("family: {r: 4, r: 8}\n", ["r stands there a second time"]),
+        ("max_steps: yes\ndataset_name: a\nreward_funcs: b:c\n", ["max_steps: got true, expected a number"]),
+        ("family: {r: on}\ndataset_name: a\nreward_funcs: b:c\n", ["family.r: got true, expected a number"]),
+        ("prompt_column: null\ndataset_name: a\nreward_funcs: b:c\n", ["prompt_column: got null"]),
+        ("dataset_name: a\nreward_funcs: 7\n", ["reward_funcs: got 7, expected the name of a reward"]),
     ]:
         file.write_text(text)
         refused(klimb("climb", "-c", file), words)
     refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean 'run.yaml'"])
+    refused(klimb("climb", file), [f"expected -c {file}"])
+
+
+def test_an_error_of_the_hub_is_one_line(klimb, tiny_run, options):
+    found = klimb("climb", *options({**tiny_run, "reward_funcs": "nobody/nothing"}))
+    refused(found, ["reward model nobody/nothing: cannot be loaded", "expected a folder or hub id"])
+    assert found[2].count("\n") == 1
+
+
+def test_a_mistake_in_a_file_of_rewards_is_said_to_be_there(klimb, tiny_run, options, tmp_path):
+    (tmp_path / "broken.py").write_text("def good(:\n")
+    found = klimb("climb", *options({**tiny_run, "reward_funcs": f"{tmp_path}/broken.py:good"}))
+    refused(found, ["broken.py, line 1"])
+    assert "load.py" not in found[2]
+
+
+def test_what_is_no_folder_of_a_run_is_called_what_it_is(klimb, tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    for name, said in (("a.yaml", "got a file"), ("b", "no such folder"), ("", "got a folder without a run")):
+        refused(klimb("report", tmp_path / name), [said, "name the output_dir of a run"])
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Drawing the page takes longer than all the rest, and is not what these tests look at."""
-    monkeypatch.setattr("klimb.run.report", lambda path, watch: None)
+    monkeypatch.setattr("klimb.run.report", lambda path, watch=None: None)
 
 
 @pytest.fixture
@@ -688,6 +746,52 @@ def test_diagnose_refuses_what_is_no_run(klimb, planned, tmp_path):
     assert {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()} == before
     (planned / "config.yaml").write_text("- a\n")
     refused(klimb("diagnose", planned), ["config.yaml", "got a list"])
+    (planned / "config.yaml").write_text("seed: [\n")
+    refused(klimb("diagnose", planned), ["config.yaml", "not YAML"])
+
+
+def test_weights_that_are_broken_are_named(klimb, planned):
+    assert klimb("train", "-q", "--resume", planned)[0] == 0
+    (planned / "policy/adapter_model.safetensors").write_bytes(b"no")
+    for verb in ("measure", "sample"):
+        refused(klimb(verb, planned), ["run/policy: its weights cannot be read", "train once more"])
+
+
+def test_measuring_another_policy_leaves_the_run_as_it_is(klimb, planned, tiny_model):
+    assert klimb("climb", "-q", "--resume", planned)[0] == 0
+    before = {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()}
+    status, out, _ = klimb("measure", planned, "--policy", tiny_model, "--json")
+    assert status == 0
+    assert abs(json.loads(out)["kl"]["value"]) < 1e-6
+    assert {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()} == before
+    assert klimb("measure", planned, "--policy", planned / "policy", "--measure_draws", "16", "-q")[0] == 0
+    assert {p: p.read_bytes() for p in planned.rglob("*") if p.is_file()} != before
+
+
+def test_a_place_without_rights_is_one_line(klimb, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "/there/page.html")
+
+    monkeypatch.setattr("klimb.explorer.write_explorer", refuse)
+    refused(klimb("explore", "-o", tmp_path / "page.html"), ["/there/page.html: Permission denied"])
+    monkeypatch.setenv("KLIMB_DEBUG", "1")
+    with pytest.raises(PermissionError):
+        klimb("explore", "-o", tmp_path / "page.html")
+
+
+def test_hyphens_and_underscores_are_the_same(klimb, planned):
+    for option in ("--num-draws", "--num_draws"):
+        status, out, err = klimb("sample", planned, option, "2", "--limit", "1", "--json")
+        assert status == 0, err
+        assert json.loads(out)["draws"] == 2
+
+
+def test_more_prompts_than_there_are(klimb, planned):
+    assert klimb("climb", "-q", "--resume", planned)[0] == 0
+    status, out, _ = klimb("measure", planned, "--measure_prompts", "99")
+    assert status == 0
+    assert "measure_prompts 99: there are 8, and all of them are measured on" in " ".join(out.split())
+    assert "all of them are" not in klimb("measure", planned, "--measure_prompts", "8")[1]
 
 
 def test_debug_shows_the_traceback(klimb, monkeypatch):

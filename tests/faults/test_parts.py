@@ -24,7 +24,7 @@ from klimb import pool as drawing
 from klimb import run as edge
 from klimb.config import load
 from klimb.data import Example
-from klimb.loaded import prepare
+from klimb.loaded import depends, prepare
 from klimb.models.hub import load_model
 from klimb.models.policy import CausalPolicy
 from klimb.pool import blocks, draw_block, draw_pool
@@ -618,4 +618,4 @@ def test_a_folder_that_holds_nothing_is_free(tmp_path):
 def test_what_draws_depend_on_names_no_beta(tiny_run):
     loaded = prepare(config_of({**tiny_run, "kl_budget": "null", "beta": 0.2}))
     other = prepare(config_of({**tiny_run, "kl_budget": "null", "beta": 0.7}))
-    assert edge.depends(loaded, loaded.train_examples, 4) == edge.depends(other, loaded.train_examples, 4)
+    assert depends(loaded, loaded.train_examples, 4) == depends(other, loaded.train_examples, 4)

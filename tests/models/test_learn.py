@@ -12,7 +12,7 @@ import torch
 
 from klimb import log_z as log_z_of_steps
 from klimb.choice import chosen, needs_log_z, takes_forbidden
-from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, load, options
+from klimb.config import FAMILIES, NEED_LOG_Z, TRAINED, UNTRAINED, Config, load, together
 from klimb.data import Draws, Example
 from klimb.exact import all_strings, kl, log_partition, normalise
 from klimb.learn import Recipe, learn
@@ -305,10 +305,8 @@ def test_the_policys_own_draws_grow_old_within_a_batch(policies):
 
 def test_the_configuration_knows_the_table():
     rows = {name for name, row in METHODS.items() if row.objective is not None}
-    assert options.BOUND == kl_control.BOUND
-    (charged,) = (
-        a for a in get_args(options.Config.model_fields["kl_penalty"].annotation) if a is not type(None)
-    )
+    assert together.BOUND == kl_control.BOUND
+    (charged,) = (a for a in get_args(Config.model_fields["kl_penalty"].annotation) if a is not type(None))
     assert get_args(charged) == tuple(KL_PENALTIES)
     assert set(TRAINED) | set(UNTRAINED) == set(METHODS)
     assert set(TRAINED) <= rows

@@ -9,8 +9,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from klimb.config.kinds import PYTHON_ONLY, UNIONS, Context
 from klimb.config.of_trl import OF_TRL
-from klimb.config.options import PYTHON_ONLY, UNIONS, Config, Context
+from klimb.config.options import Config
 from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, parted
 
@@ -59,7 +60,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file{nearest_file(path)}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_once(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
@@ -73,6 +76,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name not in NAMES:
             raise ValueError(f"{path}: no key {name!r}{_meant(name)}; klimb schema lists them")
     return found
+
+
+def _check_once(node: Any, path: Path) -> None:
+    """Refuse a key that stands there twice, of which YAML would take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[object, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ValueError(
+                    f"{path}, line {line}: {key.value} stands there a second time (first in line {seen[key.value]}); leave one out"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen[key.value] = line
+            _check_once(value, path)
 
 
 def schema() -> dict[str, Any]:
@@ -114,7 +132,10 @@ def _check_names(arguments: Sequence[str]) -> None:
     words = iter(arguments)
     for word in words:
         if not word.startswith("--"):
-            raise ValueError(f"command line: got {word!r}, expected an option such as --learning_rate 1e-3")
+            meant = (
+                f"-c {word}" if word.endswith((".yaml", ".yml")) else "an option such as --learning_rate 1e-3"
+            )
+            raise ValueError(f"command line: got {word!r}, expected {meant}")
         name, equals, _ = word[2:].partition("=")
         if name not in NAMES:
             raise ValueError(f"command line: no option --{name}{_meant(name, '--')}; klimb schema lists them")
@@ -179,6 +200,8 @@ def _explained(details: Mapping[str, Any]) -> str:
     if kind == "model_attributes_type":
         such = next(other for other in NAMES if other.startswith(f"{name}.") and other != f"{name}.kind")
         return f"{name}: got {got!r}, expected fields of it, such as {name}.kind or {such}"
+    if kind == "string_too_short":
+        return f"{name}: got {got!r}, expected something"
     if kind == "too_short":
         return f"{name}: got {got!r}, expected at least {context['min_length']}"
     said = details["msg"].removeprefix("Value error, ").partition(", unable to")[0]
@@ -187,7 +210,8 @@ def _explained(details: Mapping[str, Any]) -> str:
     said = said.replace("a valid boolean", "true or false").replace("a valid ", "a ")
     if not name:
         return said
-    return f"{name}: got {got!r}{',' if said.startswith('expected') else ':'} {said}"
+    shown = {None: "null", True: "true", False: "false"}[got] if isinstance(got, bool | None) else repr(got)
+    return f"{name}: got {shown}{',' if said.startswith('expected') else ':'} {said}"
 
 
 def _found(config: Config, folder: Path) -> Config:

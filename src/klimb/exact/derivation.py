@@ -212,7 +212,7 @@ def _chain(given: Problem, log_pi: Tensor) -> tuple[Step, ...]:
         Step(
             3,
             "Give the tilted reference its name: Z(x) and p",
-            "Z(x) = ∑ ref exp(r/β)      p = ref exp(r/β) / Z(x)",
+            "Z(x) = ∑ ref exp(r/β),   p = ref exp(r/β) / Z(x)",
             (
                 equality(
                     "∑ p(y|x)", "1", (given.log_target - log_z[:, None]).exp().sum(-1).expand_as(one), one

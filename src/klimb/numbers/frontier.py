@@ -224,9 +224,10 @@ def trust_warnings(log_weights: Tensor, kl: float, pareto_k: float) -> tuple[str
             f"needs about {math.ceil(SMALLEST_TAIL / num_prompts)} draws a prompt"
         )
     elif pareto_k >= threshold:
-        enough = 10 ** (1 / (1 - pareto_k)) / num_prompts if pareto_k < 0.95 else 0
+        enough = max(2 * num_draws, 10 ** (1 / (1 - pareto_k)) / num_prompts if pareto_k < 0.95 else 0)
+        told = f"{math.ceil(enough)}" if enough < 1e6 else f"{enough:.0e}"
         said.append(
             f"unreliable: Pareto k = {pareto_k:.2f}, not below {threshold:.2f}; "
-            f"needs at least {max(2 * num_draws, math.ceil(enough))} draws a prompt, has {num_draws}"
+            f"needs at least {told} draws a prompt, has {num_draws}"
         )
     return tuple(said)

@@ -44,7 +44,7 @@ function startDraws() {
     { title: "completion", value: (row) => row.text, cell: spoken },
     { title: "log π − log ref", number: true, help: "log-probability under the policy less that under the reference, nats", value: (row) => row.ratio, cell: (row) => fixed(row.ratio) },
     { title: "weight", number: true, help: "how much likelier the best policy says it than the one that drew it, at the run's beta", value: (row) => row.weight, cell: (row) => (row.weight == null ? "" : `${brief(row.weight)} ×`) },
-  ];
+  ].filter((column) => !column.number || rows.some((row) => column.value(row) != null)); // a plan's draws have no log π
   const table = pagedTable(document.getElementById("draws-table"), { label: "Draws in this page", columns, sort: [0, true], empty: "No draw matches." });
   const { search, show, who, prompt, from, to, least } = form.elements;
   const count = document.getElementById("count");

@@ -248,8 +248,9 @@ def rows_of(stored: StoredDraws, who: str, beta: float | None, file: str = "") -
     rewards, finished = stored.reward.tolist(), draws.finished.tolist()
     moved = None if ratios is None else ratios.tolist()
     rows = []
+    said_once = opening([example.prompt for example in draws.examples])
     for p, (example, texts) in enumerate(zip(draws.examples, draws.texts, strict=True)):
-        prompt, _ = cut(spoken(example.prompt), 160)
+        prompt, _ = cut(spoken(example.prompt, without=said_once), 160)
         for g, text in enumerate(texts):
             if math.isnan(rewards[p][g]):
                 continue  # the store reads what was never scored as NaN
@@ -308,13 +309,30 @@ def _within(rows: Iterable[Row], max_rows: int, max_bytes: int) -> list[Row]:
     return kept
 
 
-def spoken(prompt: object) -> str:
-    """A prompt as text, a chat line by line."""
+def spoken(prompt: object, *, without: object = None) -> str:
+    """A prompt as text, a chat line by line, without the message that it begins with if it is this one."""
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, Sequence):
         return json.dumps(prompt, ensure_ascii=False, default=str)
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    messages = prompt[1:] if without is not None and prompt[0] == without else prompt
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+
+
+def opening(prompts: Sequence[object]) -> Mapping[str, str] | None:
+    """The system message that all of several chats begin with; said once, it does not hide what each of them asks.
+
+    Example:
+        >>> system = {"role": "system", "content": "Be kind."}
+        >>> chats = [[system, {"role": "user", "content": text}] for text in ("a", "b")]
+        >>> opening(chats), spoken(chats[0], without=opening(chats)), opening(chats[:1])
+        ({'role': 'system', 'content': 'Be kind.'}, 'user: a', None)
+    """
+    chats = [p for p in prompts if isinstance(p, Sequence) and not isinstance(p, str) and len(p) > 1]
+    if len(chats) < 2 or len(chats) < len(prompts):
+        return None
+    first: Any = chats[0][0]
+    return first if first.get("role") == "system" and all(chat[0] == first for chat in chats) else None
 
 
 def as_json(value: object) -> Markup:

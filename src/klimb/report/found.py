@@ -70,8 +70,15 @@ def read_run(run: str | Path) -> Found:
     path = Path(run)
     names = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "measure.json")
     if not any((path / name).is_file() for name in names):
+        got = (
+            "got a folder without a run"
+            if path.is_dir()
+            else "got a file"
+            if path.exists()
+            else "no such folder"
+        )
         raise ValueError(
-            f"{path}: got a folder without a run{nearest_run(path)}, expected one that holds at least one of {', '.join(names)}; "
+            f"{path}: {got}{nearest_run(path)}, expected a folder that holds at least one of {', '.join(names)}; "
             "name the output_dir of a run"
         )
 

@@ -24,7 +24,7 @@ from klimb.report import words
 from klimb.report.audit import reliability_chart, scores_chart
 from klimb.report.chart import Spec
 from klimb.report.compared import Comparison, compare
-from klimb.report.draws import as_json, cut, draw_table, spoken, table_record
+from klimb.report.draws import as_json, cut, draw_table, opening, spoken, table_record
 from klimb.report.found import (
     Found,
     as_estimate,
@@ -113,6 +113,7 @@ def render(found: Found) -> str:
     """The page as text."""
     beta, why = chosen_beta(found)
     tokenizer = found.path / "policy" / "tokenizer.json"
+    held = held_out(found)
     table = draw_table(found.draws, beta=beta, tokenizer=tokenizer)
     prompts, rows = table_record(table)
     pool = carried_pool(found)
@@ -137,8 +138,11 @@ def render(found: Found) -> str:
             dead=dead_prompts(found),
             rewards=each_reward(found),
             charts=charts,
-            held=held_out(found),
+            held=held,
             spoken=spoken,
+            opening=opening(
+                [row.prompt for row in held] or [p.get("prompt") for p in found.plan.get("prompts") or ()]
+            ),
             marked=tokenizer.is_file(),
             health=[name for name in HEALTH if name in charts],
             pool=None if pool is None else _pool(pool),
@@ -223,8 +227,10 @@ def each_reward(found: Found) -> dict[str, dict[str, Estimate | None]]:
 
 def dead_prompts(found: Found) -> list[str]:
     """Beginnings of the plan's prompts whose draws all have the same reward: nothing can be learned from them."""
-    prompts = [p for p in found.plan.get("prompts") or () if isinstance(p, dict) and p.get("dead")]
-    return [cut(spoken(p.get("prompt") or p.get("id") or ""), 160)[0] for p in prompts]
+    every = [p for p in found.plan.get("prompts") or () if isinstance(p, dict)]
+    said_once = opening([p.get("prompt") for p in every])
+    dead = [p for p in every if p.get("dead")]
+    return [cut(spoken(p.get("prompt") or p.get("id") or "", without=said_once), 160)[0] for p in dead]
 
 
 def _environment() -> jinja2.Environment:

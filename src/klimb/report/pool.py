@@ -16,7 +16,7 @@ from torch import Tensor
 
 from klimb.numbers.tilt import shares, tilted_mean
 from klimb.numbers.weights import pareto_threshold
-from klimb.report.draws import chosen_rows, cut, rows_of, spoken
+from klimb.report.draws import chosen_rows, cut, opening, rows_of, spoken
 from klimb.report.found import Found, chosen_beta, frontier
 from klimb.store import read_draws
 
@@ -99,13 +99,14 @@ def carried_pool(found: Found) -> CarriedPool | None:
         grid[f"{name}_high"] = [e.high - e.value for e in estimates]
     grid["pareto_k"] = [math.inf if p.pareto_k is None else p.pareto_k for p in points]
     grid["pareto_k"] = [k if math.isfinite(k) else 99.0 for k in grid["pareto_k"]]  # JSON has no infinity
+    said_once = opening([example.prompt for example in stored.draws.examples])
     rows = chosen_rows(rows_of(stored, "reference", beta), MAX_ROWS, MAX_BYTES)
     return CarriedPool(
         reward=reward.float(),
         betas=betas,
         grid=grid,
         beta=min(max(beta or betas[len(betas) // 2], betas[-1]), betas[0]),
-        prompts=[cut(spoken(example.prompt), 160)[0] for example in stored.draws.examples],
+        prompts=[cut(spoken(example.prompt, without=said_once), 160)[0] for example in stored.draws.examples],
         rows=[(row.place, row.draw, row.completion, row.more) for row in rows],
         file=path.name,
     )

@@ -14,7 +14,6 @@ function startSlider(views) {
 
   const sample = pagedTable(place("sample-table"), {
     label: "Draws of the reference, re-weighted",
-    size: 10,
     sort: [0, true],
     columns: [
       { title: "weight", number: true, help: "how much likelier the best policy says it than the reference does",
@@ -37,7 +36,6 @@ function startSlider(views) {
   const of = (name) => (row) => now.prompts[row.p][name];
   const prompts = pagedTable(place("prompt-table"), {
     label: "What each prompt of the plan has to give",
-    size: 10,
     sort: [4, true],
     columns: [
       { title: "prompt", value: (row) => pool.prompts[row.p],

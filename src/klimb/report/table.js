@@ -30,7 +30,7 @@ function brief(x) {
  * columns: [{ title, help, number, value(row), cell(row) }]; sort: [column, falling].
  * Returns show(rows), which keeps the order that was asked for.
  */
-function pagedTable(host, { label, columns, sort, size = 25, empty = "Nothing matches." }) {
+function pagedTable(host, { label, columns, sort, size = 10, empty = "Nothing matches." }) {
   let rows = [], page = 0, [by, falling] = sort;
   const heads = columns.map((column, i) => {
     const button = element("button", { type: "button", title: column.help || "" }, column.title);
@@ -53,6 +53,7 @@ function pagedTable(host, { label, columns, sort, size = 25, empty = "Nothing ma
   const where = element("span");
   where.setAttribute("role", "status");
   const pager = element("p", { className: "pager quiet" }, before, where, after);
+  host.classList.add("paged");
   host.replaceChildren(scroll, pager);
   before.addEventListener("click", () => { page -= 1; draw(); });
   after.addEventListener("click", () => { page += 1; draw(); });

@@ -20,6 +20,8 @@ def about(prompt: Prompt, completion: Any) -> str:
 
 def raised(error: BaseException, file: str | None) -> str:
     """What was raised and where: the last line of the user's own file, or the last line of all."""
+    if isinstance(error, SyntaxError):  # says itself where it is
+        return f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.filename == file] or [f for f in frames if "importlib" not in f.filename]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

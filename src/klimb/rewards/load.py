@@ -53,7 +53,10 @@ def load_reward(spec: str | Mapping[str, Any]) -> Reward:
     if name in BUILTIN:
         return made(name, load_function(BUILTIN[name]), options)
     if ":" in name or name.endswith(".py"):
-        return bound(name, load_function(name), options)
+        function = load_function(name)
+        if isinstance(function, type):
+            raise ValueError(f"{name}: got a class, expected a function")
+        return bound(name, function, options)
     from klimb.rewards.model import model_reward  # transformers is loaded only for a model
 
     try:

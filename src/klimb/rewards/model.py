@@ -142,7 +142,7 @@ def model_reward(
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"reward model {name}: cannot be loaded: {error}\nexpected a folder or hub id of a "
+            f"reward model {name}: cannot be loaded: {str(error).strip().partition(chr(10))[0]}; expected a folder or hub id of a "
             f"sequence-classification model with one output, in safetensors "
             f"(for a function write file.py:function or package.module:function)"
         ) from error

@@ -82,11 +82,16 @@ def held(run: str | Path) -> Generator[bool]:
         False where the file system knows no locks (some that go over a network), and nobody can be kept out.
 
     Raises:
-        ValueError: somebody else holds it.
+        ValueError: somebody else holds it, or it cannot be made.
     """
     import fcntl
 
-    Path(run).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(run).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {run}: cannot be made ({error.strerror}); use a folder that you may write to"
+        ) from error
     descriptor = os.open(run, os.O_RDONLY)
     try:
         try:
@@ -106,12 +111,19 @@ def held(run: str | Path) -> Generator[bool]:
 
 
 def check_free(output_dir: str | Path) -> None:
-    """Refuse an output directory that is a file or already holds a run.
+    """Refuse an output directory that is a file, cannot be written to or already holds a run.
 
     Raises:
         ValueError: it is or does.
     """
     run = Path(output_dir)
+    there = next(place for place in (run, *run.parents) if place.exists())
+    if there != run and not there.is_dir():
+        raise ValueError(f"output_dir {run}: {there} is a file, expected a folder or a new name")
+    if not os.access(there, os.W_OK):
+        raise ValueError(
+            f"output_dir {run}: no right to write in {there}; use a folder that you may write to"
+        )
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir {run}: got a file, expected a folder or a new name")
     if (run / "config.yaml").exists():
