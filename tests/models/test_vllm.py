@@ -19,7 +19,7 @@ from klimb.models.hub import load_model
 from klimb.models.soft_prompt import soft_prompt
 from klimb.samplers import vllm, vllm_inside
 from klimb.samplers.ancestral import ancestral
-from klimb.samplers.vllm import Vllm
+from klimb.samplers.vllm import Vllm, Weights
 from klimb.samplers.vllm_server import Server
 
 pytest.importorskip("httpx2")
@@ -170,6 +170,23 @@ def test_every_weight_may_move(served, folder):
     assert apart(draws, policy) < TOLERANCE
     assert apart(draws, reference) > 1
     assert apart(sampler(reference, EXAMPLES, 16, generator=seeded()), reference) < TOLERANCE
+
+
+def test_an_engine_keeps_the_name_of_its_weights_and_is_given_them_again_where_it_has_others(served, folder):
+    sampler = served.make()
+    if not isinstance(sampler, Vllm):
+        pytest.skip("the local sampler is given no weights")
+    policy, reference = full(*load_model(str(folder), dtype=torch.float32))
+    moved(policy, 7, by=0.05)
+    sampler(policy, EXAMPLES, 2, generator=seeded())
+    (engine,) = sampler.engines
+    name = engine.holds()
+    engine.take_weights(Weights("another run's", folder))
+    assert engine.holds() == "another run's"
+    draws = sampler(policy, EXAMPLES, 16, generator=seeded())
+    assert engine.holds() == name
+    assert apart(draws, policy) < TOLERANCE
+    sampler(reference, EXAMPLES, 2, generator=seeded())  # what the tests of adapters stand on
 
 
 def test_ends_count_once_and_length_is_kept(served, adapted):
