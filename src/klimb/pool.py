@@ -110,9 +110,7 @@ def draw_pool(
         ValueError: a sampler of another law; what sampler, reward or `parts` refuse.
     """
     ranks, seed = getattr(policy, "ranks", ALONE), seed_of(generator)
-    hand_over = getattr(sampler, "handed_over", None)
-    if hand_over is not None:  # an engine elsewhere has the policy before each rank draws by itself
-        sampler = hand_over(policy)
+    sampler = handed_over(sampler, policy)
     draw = partial(draw_block, examples, sampler=sampler, num_draws=num_draws, seed=seed)
     every = blocks(len(examples), num_draws)
     kept = {} if parts is None else ranks.from_first(partial(_kept, parts, examples))
@@ -143,6 +141,12 @@ def draw_pool(
                 ranks.from_first(partial(_write_all, parts, {b: kept[b] for b in turn}))
             word()
     return stack_pools([kept[block] for block in every])
+
+
+def handed_over(sampler: Sampler, policy: Policy) -> Sampler:
+    """The sampler as each rank may call it by itself: an engine elsewhere has the policy before any of them does; all call this together."""
+    hand_over = getattr(sampler, "handed_over", None)
+    return sampler if hand_over is None else hand_over(policy)
 
 
 def draw_block(
