@@ -280,6 +280,7 @@ def begun(config: Config, *, resume: bool) -> Generator[Loaded]:
     with ExitStack() as until_done:
         if not resume:
             store.check_free(path)
+        _check_budget(config)
         loaded = prepare(config)
         hold(path, until_done, UNWATCHED)
         begin(loaded, path, resume)

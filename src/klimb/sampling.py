@@ -88,13 +88,13 @@ def run_sample(
     untrained = policy_folder is None and config.reference is None
     law = method if method != "ancestral" else "" if untrained else "policy"
     examples = loaded.test_examples[:limit]
-    of_law = {"best_of": {"n": n}, "rejection": {"bound": bound, "beta": config.beta}}.get(method, {})
-    rest = {
-        "method": method,
-        "policy": "" if policy_folder is None else store.hash_of(policy_folder),
-        **of_law,
-        **depends(loaded, examples, num_draws),
+    start = f"{config.model_name_or_path} {config.family}"
+    of_law: dict[str, dict[str, Any]] = {
+        "ancestral": {"policy": start if policy_folder is None else store.hash_of(policy_folder)},
+        "best_of": {"n": n},
+        "rejection": {"bound": bound, "beta": config.beta},
     }
+    rest = {"method": method, **of_law[method], **depends(loaded, examples, num_draws)}
     path = store.draws_path(output_dir, "sample")
     with ExitStack() as until_done:
         ranks.from_first(partial(hold, Path(output_dir), until_done, watch))

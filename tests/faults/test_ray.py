@@ -193,12 +193,19 @@ def test_a_worker_says_what_is_wrong(tiny_run, tmp_path):
     assert "only there" in said
 
 
-def test_a_plan_that_draws_no_pool_is_refused(tiny_run):
+REFUSED = {
+    "a plan that is given, which draw no pool": {"plan": "runs/other"},
+    "kl_budget 3 nats needs about 245 draws a prompt, num_plan_draws is 32": {"kl_budget": 3},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_no_plan_can_come_of_is_refused_before_anything_is_drawn(tiny_run, message):
     from klimb.config import load
     from klimb.integrations.ray import plan_over_ray
 
-    options = [
-        part for name, x in {**tiny_run, "plan": "runs/other"}.items() for part in (f"--{name}", str(x))
-    ]
-    with pytest.raises(ValueError, match="a plan that is given, which draw no pool"):
+    settings = {**tiny_run, **REFUSED[message]}
+    options = [part for name, x in settings.items() for part in (f"--{name}", str(x))]
+    with pytest.raises(ValueError, match=message):
         plan_over_ray(load(None, options), num_workers=2)
+    assert not Path(tiny_run["output_dir"]).exists()

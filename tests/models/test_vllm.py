@@ -277,6 +277,25 @@ def test_another_model_is_found_out_and_all_weights_are_given_anew(served, folde
         assert apart(sampler(who, EXAMPLES, 8, generator=seeded()), who) < TOLERANCE
 
 
+@pytest.mark.skipif(PYTHON is None, reason="make test-vllm runs this")
+def test_vllm_itself_is_given_all_weights_again_where_it_began_anew(folder, tmp_path):
+    """The same sampler, another process behind the same address."""
+    policy, _ = full(*load_model(str(folder), dtype=torch.float32))
+    moved(policy, 8, by=0.05)
+    with real_vllm(folder, tmp_path / "first") as url:
+        server = Server(url)
+        sampler = Vllm(engines=[server], max_completion_length=LONGEST)
+        assert apart(sampler(policy, EXAMPLES, 16, generator=seeded()), policy) < TOLERANCE
+        draw, name = sampler.handed_over(policy), server.holds()
+    assert server.holds() is None
+    with real_vllm(folder, tmp_path / "second", port=int(url.rpartition(":")[2])):
+        assert server.holds() not in (None, name)
+        with pytest.raises(ValueError, match="it began anew while it drew"):
+            draw(policy, EXAMPLES, 16, generator=seeded())
+        assert apart(sampler(policy, EXAMPLES, 16, generator=seeded()), policy) < TOLERANCE
+        assert server.holds() == name
+
+
 def test_virtual_tokens_are_refused(folder):
     policy, _ = soft_prompt(*load_model(str(folder), dtype=torch.float32), num_virtual_tokens=2, init=None)
     with pytest.raises(ValueError, match=r"virtual tokens, .*family lora or full"):
