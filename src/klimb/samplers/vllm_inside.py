@@ -75,7 +75,7 @@ class Inside:
         self._wake()
         found = _told(lambda: self.llm.generate(asked, params, lora_request=request, use_tqdm=False))
         if self.sleeps:
-            self.llm.sleep(level=1)
+            _told(lambda: self.llm.sleep(level=1))
             self.told["asleep"] = True
         groups = [[_drawn(one) for one in sorted(answer.outputs, key=lambda o: o.index)] for answer in found]
         for group in groups:
@@ -95,7 +95,7 @@ class Inside:
         self.told["held"] = None  # should it fail
         self._wake()
         _told(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder)}))
-        self.llm.reset_prefix_cache()
+        _told(self.llm.reset_prefix_cache)
         self.told["held"] = weights.name
 
     def holds(self) -> str | None:
@@ -112,7 +112,7 @@ class Inside:
     def _wake(self) -> None:
         if self.told["asleep"]:
             torch.cuda.empty_cache()  # what the trainer does not use now
-            self.llm.wake_up()
+            _told(self.llm.wake_up)
             self.told["asleep"] = False
 
 
