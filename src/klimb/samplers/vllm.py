@@ -104,7 +104,7 @@ class Engine(Protocol):
         ...
 
     def holds(self) -> str | None:
-        """The name of the weights that it was given; None if it was given none since it began, or does not answer."""
+        """The name of the weights that it was given last; another, or None, where it began anew since, or does not answer."""
         ...
 
 
