@@ -141,15 +141,15 @@ def test_a_plan_of_a_run_that_trains_all_weights(tiny_run, tiny_model, tmp_path,
         said, _ = process.communicate(timeout=280)
         assert process.returncode == 0, said[-4000:]
         assert len(fake.loads) - before == (who == "server")
-    assert "models loaded by the driver: 1" in said
-    assert (two / "draws/plan.parquet").read_bytes() == (one / "draws/plan.parquet").read_bytes()
-    assert read_json(two / "plan.json") == read_json(one / "plan.json")
-    drawn = (two / "draws/plan.parquet").stat().st_ino
-    again = drawn_by_ray(tmp_path, settings, "--resume")
-    said, _ = again.communicate(timeout=280)
-    assert again.returncode == 0, said[-4000:]
-    assert (two / "draws/plan.parquet").stat().st_ino == drawn
-    assert not (two / "draws/plan.parts").exists()
+        assert "models loaded by the driver: 1" in said
+        assert (two / "draws/plan.parquet").read_bytes() == (one / "draws/plan.parquet").read_bytes()
+        assert read_json(two / "plan.json") == read_json(one / "plan.json")
+        drawn = (two / "draws/plan.parquet").stat().st_ino
+        again = drawn_by_ray(tmp_path, settings, "--resume")
+        said, _ = again.communicate(timeout=280)
+        assert again.returncode == 0, said[-4000:]
+        assert (two / "draws/plan.parquet").stat().st_ino == drawn
+        assert not (two / "draws/plan.parts").exists()
 
 
 @pytest.mark.slow
