@@ -24,6 +24,8 @@ LOCK = threading.Lock()
 def fake_vllm(model_folder, *, ends):
     """The stand-in: `url`; `requests`, the payloads of completions; `fault(path, payload)` may give (status, text) or "die".
 
+    `begin_anew()` leaves it as a process is that was started again.
+
     `ends` are those of its own generation_config.json.
     """
     from peft import PeftModel
@@ -39,6 +41,7 @@ def fake_vllm(model_folder, *, ends):
         requests=[],
         fault=lambda path, payload: None,
         models={"base": loaded()},
+        version="default",
         loads=[],
         change=lambda answer: answer,
         ends=set(ends),
@@ -56,6 +59,8 @@ def fake_vllm(model_folder, *, ends):
             assert payload["method"] == "reload_weights"
             fake.loads.append(payload["kwargs"]["weights_path"])
             fake.models["base"] = loaded(folder=payload["kwargs"]["weights_path"])
+        elif path == "/update_weight_version":
+            fake.version = payload["new_version"]
         elif path == "/v1/completions":
             fake.requests.append(payload)
             if payload["model"] not in fake.models:
@@ -63,8 +68,16 @@ def fake_vllm(model_folder, *, ends):
             return 200, fake.change({"choices": drawn(fake.models[payload["model"]], payload, fake.ends)})
         return 200, {}
 
+    def begin_anew():
+        fake.models, fake.version = {"base": loaded()}, "default"
+
+    fake.begin_anew = begin_anew
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path == "/weight_info":
+                self.reply(200, {"weight_version": fake.version})
+                return
             cards = [{"id": name, "parent": None if name == "base" else "base"} for name in fake.models]
             self.reply(200, {"data": cards})
 

@@ -11,10 +11,11 @@ PYTHON = os.environ.get("KLIMB_VLLM_PYTHON")
 
 
 @contextlib.contextmanager
-def real_vllm(folder, log):
-    """The address of a vLLM server of its own process on a free port; it is ended with all it started."""
+def real_vllm(folder, log, *, port=None):
+    """The address of a vLLM server of its own process, on a free port unless one is said; it is ended with all it started."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port or 0))
         port = free.getsockname()[1]
     own = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -191,33 +191,45 @@ def sample_(
     bound: Annotated[float | None, typer.Option(help="Upper bound of the reward, for rejection.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Completions to print.")] = 5,
+    nproc: Nproc = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Draw completions of the held-out prompts without training: klimb sample RUN, or -c FILE."""
+    """Draw completions of the held-out prompts without training: klimb sample RUN, or -c FILE. Killed, it goes on when typed again."""
     path, settings = _run_or_config(ctx.args, config)
     folder = policy
     if folder is None and path is not None and (path / "policy").is_dir():
         folder = path / "policy"
     output = Path(settings.output_dir) if path is None else path
+    if nproc is not None and nproc > 1:
+        of_law = {"--method": method, "--num-draws": num_draws, "--n": n, "--bound": bound}
+        named = {"--config": config, "--policy": policy, **of_law, "--limit": limit, "--show": show}
+        flags = {"--quiet": quiet, "--json": json_}
+        raise typer.Exit(_launched(nproc, "sample", ctx.args, named, flags))
     from klimb import screen
+    from klimb.ranks import joined
+    from klimb.watch import UNWATCHED
 
     _quieten()
-    with screen.watching(_console(json_), quiet=quiet or json_) as watch:
-        from klimb.sampling import run_sample, write_samples
+    with joined() as ranks:
+        shown = screen.watching(_console(json_), quiet=quiet or json_)
+        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
+            from klimb.sampling import run_sample
 
-        pools = run_sample(
-            settings,
-            method=method,
-            num_draws=num_draws,
-            n=n,
-            bound=bound,
-            limit=limit,
-            policy_folder=folder,
-            watch=watch,
-        )
-        record = write_samples(output, pools)
-    _result(record, json_, lambda: screen.samples(record, show))
+            record = run_sample(
+                settings,
+                output_dir=output,
+                method=method,
+                num_draws=num_draws,
+                n=n,
+                bound=bound,
+                limit=limit,
+                policy_folder=folder,
+                watch=watch,
+                ranks=ranks,
+            )
+    if ranks.first:
+        _result(record, json_, lambda: screen.samples(record, show))
 
 
 @app.command("schema")
@@ -286,7 +298,7 @@ def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None
 
 
 def _launched(
-    nproc: int, name: str, arguments: Sequence[str], named: dict[str, Path | None], flags: dict[str, bool]
+    nproc: int, name: str, arguments: Sequence[str], named: Mapping[str, object], flags: Mapping[str, bool]
 ) -> int:
     """The same command in several processes, all options but --nproc passed on; its exit status."""
     given = [part for flag, value in named.items() if value is not None for part in (flag, str(value))]

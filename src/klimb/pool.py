@@ -83,6 +83,7 @@ def draw_pool(
     num_draws: int,
     generator: torch.Generator,
     under: tuple[Policy, Policy] | None = None,
+    reference: Policy | None = None,
     progress: Progress = silent,
     what: str = "draw",
     unscored: list[str] | None = None,
@@ -90,16 +91,17 @@ def draw_pool(
 ) -> Pool:
     """Draw from `policy` and score with `reward`, block by block; of several ranks each draws whole blocks.
 
-    `log_ref` of the pool is the law of the draw, so `policy` is taken to be the reference, unless `under` is given.
+    `log_ref` of the pool is the law of the draw, so `policy` is taken to be the reference, unless `under` or `reference` is given.
 
     Args:
         examples: P prompts.
         policy: whom to draw from.
         reward: under TRL's contract.
-        sampler: must draw from the policy itself (temperature 1, no top-p).
+        sampler: must draw from the policy itself (temperature 1, no top-p), unless `reference` is given.
         num_draws: G.
         generator: where the seed of the pool comes from.
         under: policy and reference under which each draw is read again, both in the same way (`scored_under`).
+        reference: who says `log_ref`, of draws from any law.
         progress: told how far it is.
         what: is being done, for `progress`.
         unscored: where given and a reward of another process fails, the rest is drawn without asking it; rows without a number
@@ -110,14 +112,13 @@ def draw_pool(
         ValueError: a sampler of another law; what sampler, reward or `parts` refuse.
     """
     ranks, seed = getattr(policy, "ranks", ALONE), seed_of(generator)
-    hand_over = getattr(sampler, "handed_over", None)
-    if hand_over is not None:  # an engine elsewhere has the policy before each rank draws by itself
-        sampler = hand_over(policy)
+    sampler = handed_over(sampler, policy)
     draw = partial(draw_block, examples, sampler=sampler, num_draws=num_draws, seed=seed)
     every = blocks(len(examples), num_draws)
     kept = {} if parts is None else ranks.from_first(partial(_kept, parts, examples))
-    mine = {"policy": _alone(policy), "reward": asked_alone(reward)}
-    mine["under"] = None if under is None else tuple(_alone(who) for who in under)
+    mine = {"policy": alone(policy), "reward": asked_alone(reward)}
+    mine["under"] = None if under is None else tuple(alone(who) for who in under)
+    mine["reference"] = None if reference is None else alone(reference)
 
     def word() -> None:
         progress(what, sum(map(len, kept)) * num_draws, len(examples) * num_draws)
@@ -125,13 +126,14 @@ def draw_pool(
     word()
     with ExitStack() as stack:
         if ranks.world > 1:
-            models: dict[int, Any] = {id(getattr(x, "model", x)): x for x in (policy, *(under or ()))}
+            asked = [policy, *(under or ()), *([] if reference is None else [reference])]
+            models: dict[int, Any] = {id(getattr(x, "model", x)): x for x in asked}
             for who in models.values():
                 stack.enter_context(whole(who))
         left = [block for block in every if block not in kept]
         for turn in (left[i : i + ranks.world] for i in range(0, len(left), ranks.world)):
             if parts is None and len(turn) < ranks.world:  # so that nobody waits: all share each block
-                shared = partial(draw, policy=policy, reward=reward, under=under)
+                shared = partial(draw, policy=policy, reward=reward, under=under, reference=reference)
                 found = [(block, shared(block), None) for block in turn]
             else:
                 found = ranks.gather(partial(_turn, turn, ranks.rank, draw, mine, unscored, parts))
@@ -145,6 +147,12 @@ def draw_pool(
     return stack_pools([kept[block] for block in every])
 
 
+def handed_over(sampler: Sampler, policy: Policy) -> Sampler:
+    """The sampler as each rank may call it by itself: an engine elsewhere has the policy before any of them does; all call this together."""
+    hand_over = getattr(sampler, "handed_over", None)
+    return sampler if hand_over is None else hand_over(policy)
+
+
 def draw_block(
     examples: Sequence[Example],
     block: range,
@@ -155,26 +163,30 @@ def draw_block(
     num_draws: int,
     seed: int,
     under: tuple[Policy, Policy] | None = None,
+    reference: Policy | None = None,
     unscored: list[str] | None = None,
 ) -> Pool:
     """The draws of one block, all arguments as those of `draw_pool`; where `unscored` says something, the reward is not asked."""
     generator = torch.Generator().manual_seed(seed + block.start)  # of the pool's blocks no two have the same
     draws = sampler(policy, examples[block.start : block.stop], num_draws, generator=generator)
-    if not draws.own_law or draws.log_q is None:
+    if reference is not None:
+        with torch.no_grad():
+            tokens = reference.log_prob(draws)
+        log_ref = draws.sequence_sums(tokens)
+    elif draws.own_law and draws.log_q is not None:
+        tokens, log_ref = draws.packed_log_q, draws.log_q
+    else:
         raise ValueError(
             "the sampler draws from another law than the policy's own (temperature, top-p, best of n); planning "
             "and measuring need the policy's own draws"
         )
     if unscored:
-        unknown = torch.full_like(draws.log_q, torch.nan)
+        unknown = torch.full_like(log_ref, torch.nan)
         several = reward if isinstance(reward, WeightedSum) else weighted_sum([reward])
         rewards = Rewards(unknown, dict.fromkeys(several.rewards, unknown))
     else:
         rewards = score(reward, draws, unscored=unscored)
-    tokens = draws.packed_log_q
-    pool = Pool(
-        replace(draws, token_log_q=None), rewards.total, draws.log_q, rewards.parts, token_log_ref=tokens
-    )
+    pool = Pool(replace(draws, token_log_q=None), rewards.total, log_ref, rewards.parts, token_log_ref=tokens)
     return pool if under is None else scored_under(pool, *under)
 
 
@@ -201,7 +213,10 @@ def _kept(parts: Parts, examples: Sequence[Example]) -> dict[range, Pool]:
     found = {block: parts.read(block) for block in parts.done()}
     return {
         block: replace(
-            pool, draws=replace(pool.draws, examples=examples[block.start : block.stop], own_law=True)
+            pool,
+            draws=replace(
+                pool.draws, examples=examples[block.start : block.stop], own_law=pool.draws.log_q is not None
+            ),
         )
         for block, pool in found.items()
     }
@@ -212,7 +227,7 @@ def _write_all(parts: Parts, pools: dict[range, Pool]) -> None:
         parts.write(block, pool)
 
 
-def _alone(policy: Any) -> Any:
+def alone(policy: Any) -> Any:
     """The same policy, whose work this rank does by itself."""
     return replace(policy, ranks=ALONE) if getattr(policy, "ranks", ALONE).world > 1 else policy
 

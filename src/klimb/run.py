@@ -27,6 +27,7 @@ from klimb.planning import planned, replanned
 from klimb.ranks import ALONE, Ranks
 from klimb.reward_run import learned_reward, measured_reward
 from klimb.rewards.unscored import Unscored
+from klimb.samplers.vllm import GOES_ON
 from klimb.trackers import tracked
 from klimb.training import trained
 from klimb.watch import UNWATCHED, Watch
@@ -211,7 +212,7 @@ def _held_run(
             pool, beta, record = planned(loaded, path, watch, to_train="train" in verbs)
         except ValueError as error:
             # an error's class does not travel between ranks
-            goes_on = isinstance(error, Unscored) or store.FULL in str(error)
+            goes_on = isinstance(error, Unscored) or store.FULL in str(error) or GOES_ON in str(error)
             if not resume and ranks.first and not goes_on:
                 store.undo_run(path)
             raise
@@ -279,6 +280,7 @@ def begun(config: Config, *, resume: bool) -> Generator[Loaded]:
     with ExitStack() as until_done:
         if not resume:
             store.check_free(path)
+        _check_budget(config)
         loaded = prepare(config)
         hold(path, until_done, UNWATCHED)
         begin(loaded, path, resume)

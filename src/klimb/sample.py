@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from klimb.data import Example, Pool, Sampler
 from klimb.models.policy import CausalPolicy
-from klimb.pool import Progress, prompts_at_once, silent
-from klimb.rewards.score import score
+from klimb.pool import Parts, Progress, draw_pool, silent
 from klimb.target import Tilt
 
 
@@ -22,8 +21,9 @@ def sample(
     generator: torch.Generator,
     target: Tilt,
     progress: Progress = silent,
-) -> Iterator[Pool]:
-    """Draw, score, and hand out a few prompts at a time.
+    parts: Parts | None = None,
+) -> Pool:
+    """Draw from any law and score, a block of prompts at a time, each with a generator of its own (`klimb.pool`).
 
     Args:
         examples: P prompts.
@@ -33,15 +33,17 @@ def sample(
         generator: the only source of randomness.
         target: its reward scores the draws, its reference says how likely they were without training.
         progress: told how far it is.
-
-    Yields:
-        Pools of a few prompts each.
+        parts: finished blocks, which are not drawn again; each further one is put there as soon as it is drawn.
     """
-    at_once = prompts_at_once(num_draws)
-    for start in range(0, len(examples), at_once):
-        draws = sampler(policy, examples[start : start + at_once], num_draws, generator=generator)
-        rewards = score(target.reward, draws)
-        with torch.no_grad():
-            tokens = target.reference.log_prob(draws)
-        progress("sample", min(start + at_once, len(examples)) * num_draws, len(examples) * num_draws)
-        yield Pool(draws, rewards.total, draws.sequence_sums(tokens), rewards.parts, token_log_ref=tokens)
+    return draw_pool(
+        examples,
+        policy,
+        target.reward,
+        sampler,
+        num_draws=num_draws,
+        generator=generator,
+        reference=target.reference,
+        progress=progress,
+        what="sample",
+        parts=parts,
+    )

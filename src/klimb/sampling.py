@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from klimb import store
+from klimb.beginning import hold
 from klimb.config import Config
-from klimb.data import Pool, stack_pools
-from klimb.loaded import generator_for, prepare
+from klimb.data import Draws, Example, Pool
+from klimb.loaded import depends, generator_for, prepare
 from klimb.numbers.estimate import mean_estimate
+from klimb.pool import alone, handed_over
+from klimb.ranks import ALONE, Ranks
+from klimb.rewards.score import asked_alone
 from klimb.sample import sample
 from klimb.samplers.best_of import best_of
 from klimb.samplers.rejection import rejection
@@ -21,27 +25,10 @@ from klimb.target import tilt
 from klimb.watch import UNWATCHED, Watch
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Draws to be made, a few prompts at a time, and what a file of them has to say.
-
-    Attributes:
-        pools: made while one goes through them.
-        verb: "sample" for draws of the reference itself, which a plan can rest on; else sample- and the law.
-        hashes: of what their rewards and log_ref depend on.
-    """
-
-    pools: Iterator[Pool]
-    verb: str
-    hashes: Mapping[str, str]
-
-    def __iter__(self) -> Iterator[Pool]:
-        return self.pools
-
-
 def run_sample(
     config: Config,
     *,
+    output_dir: str | Path,
     method: str = "ancestral",
     num_draws: int = 1,
     n: int = 4,
@@ -49,11 +36,16 @@ def run_sample(
     limit: int | None = None,
     policy_folder: str | Path | None = None,
     watch: Watch = UNWATCHED,
-) -> Samples:
-    """Draw completions of the held-out prompts, without training anything.
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Draw completions of the held-out prompts into draws/sample.parquet, without training anything; what is in it.
+
+    An older file is replaced. Each block of prompts is kept as soon as it is scored: what was killed draws only the rest when it is
+    called again as before. The file says verb "sample" of draws of the reference itself, which a plan can rest on, else sample- and the law.
 
     Args:
         config: names model, reward, prompts and, for rejection, beta.
+        output_dir: of a run, or any other folder.
         method: "ancestral" from the policy in `policy_folder` (without one, from the starting policy); "best_of" and
             "rejection" from the reference.
         num_draws: completions a prompt.
@@ -62,10 +54,74 @@ def run_sample(
         limit: at most this many prompts.
         policy_folder: what `from_pretrained` loads.
         watch: who looks on.
+        ranks: who shares the work; every one of them has to call this, and the first one writes.
 
     Raises:
-        ValueError: an unknown method, or rejection without bound or beta.
+        ValueError: an unknown method, rejection without bound or beta, or draws of something else that a killed call left.
     """
+    _check(config, method, bound)
+    loaded = ranks.together(partial(prepare, config, policy_folder=policy_folder, ranks=ranks))
+    watch = watch if ranks.first else UNWATCHED
+    policy = loaded.policy if method == "ancestral" else loaded.reference
+    own = handed_over(loaded.sampler, policy)
+    # each rank draws blocks of its own
+    target = tilt(alone(loaded.reference), asked_alone(loaded.reward), config.beta or 1.0)
+
+    def kept(_: Any, examples: Sequence[Example], num_draws: int, *, generator: Any) -> Draws:
+        assert bound is not None
+        return rejection(
+            target.reference,
+            examples,
+            num_draws,
+            generator=generator,
+            sampler=own,
+            target=target,
+            bound=bound,
+        )
+
+    samplers: dict[str, Any] = {
+        "ancestral": own,
+        "best_of": partial(best_of, sampler=own, reward=target.reward, n=n),
+        "rejection": kept,
+    }
+    # a policy that nobody has moved is the reference, unless that is another model
+    untrained = policy_folder is None and config.reference is None
+    law = method if method != "ancestral" else "" if untrained else "policy"
+    examples = loaded.test_examples[:limit]
+    start = f"{config.model_name_or_path} {config.family}"
+    of_law: dict[str, dict[str, Any]] = {
+        "ancestral": {"policy": start if policy_folder is None else store.hash_of(policy_folder)},
+        "best_of": {"n": n},
+        "rejection": {"bound": bound, "beta": config.beta},
+    }
+    rest = {"method": method, **of_law[method], **depends(loaded, examples, num_draws)}
+    path = store.draws_path(output_dir, "sample")
+    with ExitStack() as until_done:
+        ranks.from_first(partial(hold, Path(output_dir), until_done, watch))
+        begin = partial(
+            store.begin_parts, path, verb=f"sample-{law}" if law else "sample", hashes=loaded.hashes
+        )
+        parts = ranks.from_first(partial(begin, depends=rest))
+        try:
+            pool = sample(
+                examples,
+                policy,
+                samplers[method],
+                num_draws=num_draws,
+                generator=generator_for(config.seed, "sample"),
+                target=target,
+                progress=watch.progress,
+                parts=parts,
+            )
+        except ValueError:
+            if ranks.first and not parts.done():
+                _leave_nothing(path)
+            raise
+        ranks.from_first(partial(_merge, parts))
+    return _record(path, pool)
+
+
+def _check(config: Config, method: str, bound: float | None) -> None:
     if config.method == "reward_model":
         raise ValueError(
             "sample: a reward model draws nothing; name its folder in reward_funcs of another run"
@@ -81,40 +137,23 @@ def run_sample(
             f"sample: rejection draws from the plain tilt, got target.kind {config.target.kind}; use --target.kind tilt, "
             "or train"
         )
-    loaded = prepare(config, policy_folder=policy_folder)
-    target = tilt(loaded.reference, loaded.reward, config.beta or 1.0)  # only rejection looks at beta
-    samplers: dict[str, Any] = {
-        "ancestral": loaded.sampler,
-        "best_of": partial(best_of, sampler=loaded.sampler, reward=loaded.reward, n=n),
-        "rejection": partial(
-            rejection, sampler=loaded.sampler, target=target, bound=math.inf if bound is None else bound
-        ),
-    }
-    # a policy that nobody has moved is the reference, unless that is another model
-    untrained = policy_folder is None and config.reference is None
-    law = method if method != "ancestral" else "" if untrained else "policy"
-    pools = sample(
-        loaded.test_examples[:limit],
-        loaded.policy if method == "ancestral" else loaded.reference,
-        samplers[method],
-        num_draws=num_draws,
-        generator=generator_for(config.seed, "sample"),
-        target=target,
-        progress=watch.progress,
-    )
-    return Samples(pools, f"sample-{law}" if law else "sample", loaded.hashes)
 
 
-def write_samples(output_dir: Path, samples: Samples) -> dict[str, Any]:
-    """Write draws/sample.parquet (an older one is replaced) and say what is in it.
+def _merge(parts: store.StoredParts) -> None:
+    parts.merge()
+    store.remove_parts(parts.path)
 
-    Raises:
-        ValueError: as `run_sample`, whose draws are made here.
-    """
-    pool = stack_pools(list(samples))
-    path = store.draws_path(output_dir, "sample")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_pool(path, pool, verb=samples.verb, hashes=samples.hashes)
+
+def _leave_nothing(path: Path) -> None:
+    """Remove the folder of parts, and those about it that hold nothing else."""
+    store.remove_parts(path)
+    for folder in (path.parent, path.parent.parent):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _record(path: Path, pool: Pool) -> dict[str, Any]:
+    """What is in the file."""
     draws = pool.draws
     assert draws.texts is not None
     return {

@@ -90,7 +90,7 @@ def test_killed_ranks_start_again_by_themselves(settings, whole):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_step_and_all_ranks_and_measure_takes_several(settings):
+def test_ctrl_c_ends_the_step_and_all_ranks_and_measure_and_sample_take_several(settings):
     path = Path(settings["output_dir"])
     slow_down(settings)
     process = subprocess.Popen(command(settings), stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -110,6 +110,13 @@ def test_ctrl_c_ends_the_step_and_all_ranks_and_measure_takes_several(settings):
         for more in (["--nproc", "2"], [])
     )
     assert json.loads(two)["gap"]["value"] == pytest.approx(json.loads(one)["gap"]["value"], abs=1e-4)
+    sample = [sys.executable, "-m", "klimb", "sample", str(path), "--method", "best_of", "--n", "3", "--json"]
+    two, one = (
+        json.loads(subprocess.run([*sample, *more], capture_output=True, timeout=120, check=True).stdout)
+        for more in (["--nproc", "2", "--num-draws", "96"], ["--num-draws", "96"])
+    )
+    assert two == one
+    assert two["draws"] == len(two["samples"]) > 96
 
 
 def test_a_mistake_is_said_once_and_nothing_is_written(settings):

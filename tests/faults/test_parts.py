@@ -31,6 +31,7 @@ from klimb.pool import blocks, draw_block, draw_pool
 from klimb.ranks import ALONE
 from klimb.samplers import ancestral as decoding
 from klimb.samplers.ancestral import ancestral
+from klimb.sampling import run_sample
 from klimb.store import begin_parts, check_free, read_draws, remove_parts, write_yaml
 from klimb.store import parts as stored
 from ranked import PRELOAD, ended, started
@@ -408,6 +409,109 @@ def test_a_mistake_at_once_leaves_no_trace_of_a_measurement(klimb, measured, tmp
     status, _, err = klimb("measure", run, "-q", "--reward_funcs", f"{reward}:good")
     assert (status, "at once" in err) == (2, True)
     assert files(run) == before
+
+
+# Samples.
+
+LAWS = {
+    "ancestral": ([], {}),
+    "best_of": (["--n", "2"], {"n": 2}),
+    "rejection": (["--bound", "1.5"], {"bound": 1.5}),
+}
+"""options of the command line, and of Python"""
+
+
+def sample(ranks, settings, method):
+    """klimb sample -c FILE --method METHOD --num-draws 32."""
+    torch.set_num_threads(1)
+    drawing.ROWS_AT_ONCE = ROWS
+    config = config_of(settings)
+    run_sample(
+        config, output_dir=config.output_dir, method=method, num_draws=32, ranks=ranks, **LAWS[method][1]
+    )
+
+
+@pytest.fixture(scope="module")
+def at_beta(slow):
+    """Rejection needs a beta."""
+    return {**slow, "kl_budget": "null", "beta": 0.5}
+
+
+@pytest.fixture(scope="module")
+def sampled(at_beta, tmp_path_factory):
+    """Samples of each law, to which nothing happened."""
+    folder = tmp_path_factory.mktemp("sampled")
+    processes = [alone(sample, {**at_beta, "output_dir": str(folder / law)}, law) for law in LAWS]
+    assert ended(processes) == [0, 0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_killed_samples_go_on_where_they_were(klimb, at_beta, sampled, tmp_path, counted, law):
+    run = tmp_path / "run"
+    settings = {**at_beta, "output_dir": str(run)}
+    killed_at([alone(sample, settings, law)], lambda: len(parts_of(run, "sample")) >= 2)
+    there = len(parts_of(run, "sample"))
+    assert 2 <= there < 4
+    assert not (run / "draws/sample.parquet").exists()
+    words = [
+        "sample",
+        *options_of(settings),
+        "--method",
+        law,
+        "--num-draws",
+        "32",
+        *LAWS[law][0],
+        "--json",
+        "-q",
+    ]
+    for another, word in ((["--seed", "9"], "seed"), (["--limit", "6"], "prompts")):
+        status, _, err = klimb(*words, *another)
+        assert (status, f"another {word} (" in " ".join(err.split())) == (2, True), err
+    counted.clear()
+    status, out, err = klimb(*words)
+    assert status == 0, err
+    if law != "rejection":  # which asks until it has enough
+        assert counted == [ROWS * (2 if law == "best_of" else 1)] * (4 - there)
+    assert (run / "draws/sample.parquet").read_bytes() == (
+        sampled / law / "draws/sample.parquet"
+    ).read_bytes()
+    assert files(run) == files(sampled / law) == ["draws", "draws/sample.parquet"]
+    record = json.loads(out)
+    assert record["draws"] == len(record["samples"]) == 8 * 32
+    found = read_draws(run / "draws/sample.parquet")
+    assert found.reward.flatten().tolist() == [one["reward"] for one in record["samples"]]
+    assert found.log_ref.flatten().tolist() == [one["log_ref"] for one in record["samples"]]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_samples_of_two_ranks_are_those_of_one(at_beta, sampled, tmp_path, law):
+    run = tmp_path / "run"
+    processes = started(2, sample, {**at_beta, "output_dir": str(run)}, law)
+    assert ended(processes) == [0, 0]
+    assert (run / "draws/sample.parquet").read_bytes() == (
+        sampled / law / "draws/sample.parquet"
+    ).read_bytes()
+
+
+def test_samples_of_another_law_are_not_gone_on_with(klimb, at_beta, tmp_path):
+    run = tmp_path / "run"
+    settings = {**at_beta, "output_dir": str(run)}
+    killed_at([alone(sample, settings, "best_of")], lambda: len(parts_of(run, "sample")) >= 1)
+    words = ["sample", *options_of(settings), "--num-draws", "32", "-q"]
+    for options, word in ((["--method", "best_of", "--n", "3"], "another n"), ([], "another method and n")):
+        status, _, err = klimb(*words, *options)
+        assert (status, word in " ".join(err.split())) == (2, True), err
+    shutil.rmtree(run / "draws/sample.parts")  # as it says
+    assert klimb(*words)[0] == 0
+
+
+def test_a_mistake_at_once_leaves_no_trace_of_samples(klimb, at_beta, tmp_path):
+    run = tmp_path / "run"
+    words = ["sample", *options_of({**at_beta, "output_dir": str(run)}), "--method", "rejection", "--bound"]
+    status, _, err = klimb(*words, "0.1", "-q")
+    assert (status, "the bound 0.1 is not one" in err) == (2, True)
+    assert not run.exists()
 
 
 # Several ranks.

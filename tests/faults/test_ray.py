@@ -41,8 +41,9 @@ def sampler(request, tiny_model, monkeypatch):
 
 def flat(settings):
     """The same, as options of the command line."""
-    inner = settings.pop("sampler", {})
-    return {**settings, **{f"sampler.{name}": x for name, x in inner.items()}}
+    inner = {name: x for name, x in settings.items() if isinstance(x, dict)}
+    outer = {name: x for name, x in settings.items() if name not in inner}
+    return outer | {f"{name}.{part}": x for name, of in inner.items() for part, x in of.items()}
 
 
 @pytest.mark.slow
@@ -64,16 +65,23 @@ PLANNER = """
 import sys
 from klimb import run
 from klimb.config import load
-from klimb.integrations.ray import plan_over_ray
-run.report = lambda path, watch=None: None
+from klimb.integrations import ray as over
+over.report = lambda path, watch=None: None
+prepare = run.prepare
+loads = []
+def counted(*arguments, **options):
+    loads.append(1)
+    return prepare(*arguments, **options)
+run.prepare = counted
 if __name__ == "__main__":
     import ray
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
-        plan_over_ray(load(sys.argv[1], []), num_workers=2, resume=len(sys.argv) > 2)
+        over.plan_over_ray(load(sys.argv[1], []), num_workers=2, resume=len(sys.argv) > 2)
     except ValueError as error:
         print(error)
         sys.exit(2)
+    print("models loaded by the driver:", len(loads))
 """
 
 
@@ -116,6 +124,65 @@ def test_two_workers_of_ray_data_draw_the_plan_of_one_process(tiny_run, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("who", ["own sampler", "server"])
+def test_a_plan_of_a_run_that_trains_all_weights(tiny_run, tiny_model, tmp_path, monkeypatch, who):
+    """Every worker has a policy beside its reference; a server is given the weights once, by the driver."""
+    settings = {**tiny_run, "num_plan_draws": 96, "family": {"kind": "full"}}
+    with fake_vllm(tiny_model, ends=[1]) as fake:
+        if who == "server":
+            pytest.importorskip("httpx2")
+            monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+            settings["sampler"] = {"kind": "vllm", "url": fake.url}
+        run(ALONE, flat({**settings, "output_dir": str(tmp_path / "one")}), "run_plan")
+        one, two = tmp_path / "one", Path(settings["output_dir"])
+        fake.begin_anew()
+        before = len(fake.loads)
+        process = drawn_by_ray(tmp_path, settings)
+        said, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, said[-4000:]
+        assert len(fake.loads) - before == (who == "server")
+        assert "models loaded by the driver: 1" in said
+        assert (two / "draws/plan.parquet").read_bytes() == (one / "draws/plan.parquet").read_bytes()
+        assert read_json(two / "plan.json") == read_json(one / "plan.json")
+        drawn = (two / "draws/plan.parquet").stat().st_ino
+        again = drawn_by_ray(tmp_path, settings, "--resume")
+        said, _ = again.communicate(timeout=280)
+        assert again.returncode == 0, said[-4000:]
+        assert (two / "draws/plan.parquet").stat().st_ino == drawn
+        assert not (two / "draws/plan.parts").exists()
+
+
+@pytest.mark.slow
+def test_a_server_that_begins_anew_under_workers_is_one_message(tiny_run, tiny_model, tmp_path, monkeypatch):
+    """And what they drew before is gone on with."""
+    pytest.importorskip("httpx2")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with fake_vllm(tiny_model, ends=[1]) as fake:
+        settings = {**tiny_run, "num_plan_draws": 96, "family": {"kind": "full"}}
+        settings["sampler"] = {"kind": "vllm", "url": fake.url}
+        asked = []
+
+        def fault(path, payload):
+            asked.extend([path] if path == "/v1/completions" and payload["n"] == 96 else [])
+            if len(asked) == 9:
+                fake.begin_anew()
+
+        fake.fault = fault
+        process = drawn_by_ray(tmp_path, settings)
+        said, _ = process.communicate(timeout=280)
+        assert process.returncode == 2, said[-4000:]
+        assert "plan_over_ray: " in said
+        assert "it began anew while it drew" in said
+        assert said.count("what was drawn before is kept, and --resume goes on") == 1
+        there = len(list((Path(settings["output_dir"]) / "draws/plan.parts").glob("[0-9]*.parquet")))
+        assert 1 <= there < 8
+        process = drawn_by_ray(tmp_path, settings, "--resume")
+        said, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, said[-4000:]
+    assert (Path(settings["output_dir"]) / "plan.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_worker_says_what_is_wrong(tiny_run, tmp_path):
     reward = Path(tiny_run["reward_funcs"].partition(":")[0])
     reward.write_text("def good(completions, **columns):\n    raise KeyError('only there')\n")
@@ -126,12 +193,19 @@ def test_a_worker_says_what_is_wrong(tiny_run, tmp_path):
     assert "only there" in said
 
 
-def test_a_plan_that_draws_no_pool_is_refused(tiny_run):
+REFUSED = {
+    "a plan that is given, which draw no pool": {"plan": "runs/other"},
+    "kl_budget 3 nats needs about 245 draws a prompt, num_plan_draws is 32": {"kl_budget": 3},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_no_plan_can_come_of_is_refused_before_anything_is_drawn(tiny_run, message):
     from klimb.config import load
     from klimb.integrations.ray import plan_over_ray
 
-    options = [
-        part for name, x in {**tiny_run, "plan": "runs/other"}.items() for part in (f"--{name}", str(x))
-    ]
-    with pytest.raises(ValueError, match="a plan that is given, which draw no pool"):
+    settings = {**tiny_run, **REFUSED[message]}
+    options = [part for name, x in settings.items() for part in (f"--{name}", str(x))]
+    with pytest.raises(ValueError, match=message):
         plan_over_ray(load(None, options), num_workers=2)
+    assert not Path(tiny_run["output_dir"]).exists()

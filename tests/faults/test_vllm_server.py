@@ -13,7 +13,7 @@ from klimb.config import load
 from klimb.data import Example
 from klimb.models.families import full, lora
 from klimb.models.hub import load_model
-from klimb.run import climb, run_train
+from klimb.run import climb, run_plan, run_train
 from klimb.samplers.vllm import Vllm
 from klimb.samplers.vllm_server import Server
 from klimb.store import list_checkpoints, load_latest_checkpoint, read_draws, read_jsonl
@@ -180,6 +180,92 @@ def test_a_server_that_keeps_what_it_remembers_under_old_weights_is_refused(fake
     assert len(fake.loads) == before + 1  # they are given again, since nobody knows what it holds
 
 
+def anew_at(fake, *numbers):
+    """Die and begin anew at the completions of these numbers, from 1, counted from now on."""
+    seen = []
+
+    def fault(path, payload):
+        seen.extend([path] if path == "/v1/completions" else [])
+        if path == "/v1/completions" and len(seen) in numbers:
+            fake.begin_anew()
+            return "die"
+        return None
+
+    fake.fault = fault
+
+
+@pytest.fixture
+def moved(tiny_model):
+    """A policy all of whose weights are others than those that a server is started with."""
+    policy, _ = full(*load_model(str(tiny_model), dtype=torch.float32))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    return policy
+
+
+def tokens(draws):
+    return [[ids.tolist() for ids in group] for group in draws.completions]
+
+
+def test_one_that_begins_anew_while_it_draws_is_given_all_weights_again(fake, moved):
+    """And draws again what it drew under those that it was started with: the same as if nothing had happened."""
+    whole = drawn(fake, moved)
+    assert len(fake.loads) == 1
+    fake.begin_anew()
+    sampler = Vllm(engines=[Server(fake.url)], max_completion_length=5)
+    anew_at(fake, 2)
+    draws = sampler(moved, EXAMPLES, 3, generator=torch.Generator().manual_seed(0))
+    assert len(fake.loads) == 3
+    assert tokens(draws) == tokens(whole)
+    with torch.no_grad():
+        assert (moved.log_prob(draws) - draws.packed_log_q).abs().max() < 1e-4
+    # between two draws too
+    fake.begin_anew()
+    assert tokens(sampler(moved, EXAMPLES, 3, generator=torch.Generator().manual_seed(0))) == tokens(whole)
+    assert len(fake.loads) == 4
+    # and it has them, so nobody gives them again, another process neither
+    assert tokens(drawn(fake, moved)) == tokens(whole)
+    assert len(fake.loads) == 4
+
+
+def test_one_that_begins_anew_again_and_again_is_named(fake, moved):
+    def fault(path, payload):
+        if path == "/v1/completions" and fake.version != "default":
+            fake.begin_anew()
+            return "die"
+        return None
+
+    fake.fault = fault
+    with pytest.raises(ValueError, match=rf"{fake.url} .*: it began anew while it drew, or .*, 3 times"):
+        drawn(fake, moved)
+    assert len(fake.loads) == 3
+
+
+def test_weights_that_somebody_else_gave_it_are_found_out(fake, moved, tiny_model):
+    other, _ = full(*load_model(str(tiny_model), dtype=torch.float32))
+    sampler = Vllm(engines=[Server(fake.url)], max_completion_length=5)
+    draw = sampler.handed_over(moved)
+    draw(moved, EXAMPLES, 3, generator=torch.Generator().manual_seed(0))
+    drawn(fake, other)
+    with pytest.raises(ValueError, match="somebody else gave it weights; what was drawn before is kept"):
+        draw(moved, EXAMPLES, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_weights_that_were_read_by_half_are_given_again(fake, moved):
+    drawn(fake, moved)
+    with torch.no_grad():
+        next(iter(moved.parameters())).add_(0.1)
+    fake.fault = lambda path, payload: (400, "no such folder") if path == "/collective_rpc" else None
+    with pytest.raises(ValueError, match=r"no such folder.*VLLM_SERVER_DEV_MODE=1"):
+        drawn(fake, moved)
+    with torch.no_grad():
+        next(iter(moved.parameters())).sub_(0.1)
+    fake.fault, before = lambda path, payload: None, len(fake.loads)
+    drawn(fake, moved)
+    assert len(fake.loads) == before + 1
+
+
 def test_a_slow_server_is_given_up(fake, policy):
     let_go = threading.Event()
 
@@ -197,9 +283,10 @@ def test_a_slow_server_is_given_up(fake, policy):
 
 def test_a_server_that_takes_no_weights_is_told_how(fake, tiny_model):
     policy, _ = full(*load_model(str(tiny_model), dtype=torch.float32))
-    fake.fault = lambda path, payload: (404, "no") if path == "/collective_rpc" else None
-    with pytest.raises(ValueError, match=r"collective_rpc: got status 404 .*VLLM_SERVER_DEV_MODE=1"):
-        drawn(fake, policy)
+    for place in ("/update_weight_version", "/collective_rpc"):
+        fake.fault = lambda path, payload, place=place: (404, "no") if path == place else None
+        with pytest.raises(ValueError, match=rf"{place}: got status 404 .*VLLM_SERVER_DEV_MODE=1"):
+            drawn(fake, policy)
 
 
 REFUSED = [
@@ -277,6 +364,80 @@ def test_a_server_that_dies_in_a_run_loses_nothing(config, fake, tmp_path):
     fake.fault = lambda path, payload: None
     climb(at(config, run), resume=True)
     assert everything(run) == everything(whole)
+
+
+@pytest.fixture
+def of_family(tiny_run, options, fake):
+    """A function from the kind of a family to a run of it, whose plan has eight parts of two prompts."""
+    changes = {"learning_rate": 0.02, "sampler.url": fake.url, "num_plan_draws": 96, "save_steps": 2}
+    return lambda kind: load(None, options({**tiny_run, **changes, "family.kind": kind, "num_replay": 2}))
+
+
+def test_all_weights_of_a_run_outlive_its_server(of_family, fake, tmp_path):
+    """Which begins anew in the middle of a step's draws, and holds others then; and which is gone for good in the next run."""
+    config = of_family("full")
+    whole = climb(at(config, tmp_path / "whole")).path
+    plain = fake.begin_anew
+    plain()
+    completions, dead, before = [], [], len(fake.loads)
+
+    def fault(path, payload):
+        completions.extend([len(fake.loads) - before] if path == "/v1/completions" else [])
+        if path == "/v1/completions" and completions.count(4) == 3 and not dead:
+            dead.append(True)
+            plain()
+            return "die"
+        return None
+
+    fake.fault = fault
+    run = climb(at(config, tmp_path / "run")).path
+    assert dead
+    assert everything(run) == everything(whole)
+
+    gone, before = tmp_path / "gone", len(fake.loads)
+    fake.fault = lambda path, payload: "die" if len(fake.loads) >= before + 5 else None
+    with pytest.raises(ValueError, match=r"no answer: .*; asked 3 times"):
+        climb(at(config, gone))
+    assert 0 < len(read_jsonl(gone / "metrics.jsonl")) < 6
+    fake.fault = lambda path, payload: None
+    plain()
+    climb(at(config, gone), resume=True)
+    assert everything(gone) == everything(whole)
+
+
+FAMILIES = {"lora": "no answer", "full": "it began anew while it drew"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_drawn_of_a_plan_is_kept_when_a_server_fails(of_family, fake, tmp_path, family):
+    """One that is gone, with adapters; with all weights one that only began anew, which no rank may mend by itself."""
+    config = of_family(family)
+    whole = run_plan(at(config, tmp_path / "whole")).path
+    fake.begin_anew()
+    seen, run = [], tmp_path / "run"
+
+    def fault(path, payload):
+        seen.extend([path] if path == "/v1/completions" else [])
+        if len(seen) != 8 or path != "/v1/completions":
+            return None
+        fake.begin_anew()
+        if family == "lora":
+            seen.pop()
+        return "die"
+
+    fake.fault = fault
+    with pytest.raises(
+        ValueError, match=rf"{FAMILIES[family]}.*; what was drawn before is kept, and --resume goes on"
+    ):
+        run_plan(at(config, run))
+    there = len(list((run / "draws/plan.parts").glob("0*.parquet")))
+    assert 2 <= there < 8
+    fake.fault, asked = lambda path, payload: None, len(fake.requests)
+    run_plan(at(config, run), resume=True)
+    # one to see whether it has the model, and one that was under way when the run ended may come late
+    assert len(fake.requests) - asked - 2 * (8 - there) in (1, 2)
+    assert (run / "draws/plan.parquet").read_bytes() == (whole / "draws/plan.parquet").read_bytes()
+    assert (run / "plan.json").read_text() == (whole / "plan.json").read_text()
 
 
 def test_draws_ahead_survive_a_stop(config, tmp_path):

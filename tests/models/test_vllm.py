@@ -19,7 +19,7 @@ from klimb.models.hub import load_model
 from klimb.models.soft_prompt import soft_prompt
 from klimb.samplers import vllm, vllm_inside
 from klimb.samplers.ancestral import ancestral
-from klimb.samplers.vllm import Vllm
+from klimb.samplers.vllm import Vllm, Weights
 from klimb.samplers.vllm_server import Server
 
 pytest.importorskip("httpx2")
@@ -172,6 +172,23 @@ def test_every_weight_may_move(served, folder):
     assert apart(sampler(reference, EXAMPLES, 16, generator=seeded()), reference) < TOLERANCE
 
 
+def test_an_engine_keeps_the_name_of_its_weights_and_is_given_them_again_where_it_has_others(served, folder):
+    sampler = served.make()
+    if not isinstance(sampler, Vllm):
+        pytest.skip("the local sampler is given no weights")
+    policy, reference = full(*load_model(str(folder), dtype=torch.float32))
+    moved(policy, 7, by=0.05)
+    sampler(policy, EXAMPLES, 2, generator=seeded())
+    (engine,) = sampler.engines
+    name = engine.holds()
+    engine.take_weights(Weights("another run's", folder))
+    assert engine.holds() == "another run's"
+    draws = sampler(policy, EXAMPLES, 16, generator=seeded())
+    assert engine.holds() == name
+    assert apart(draws, policy) < TOLERANCE
+    sampler(reference, EXAMPLES, 2, generator=seeded())  # what the tests of adapters stand on
+
+
 def test_ends_count_once_and_length_is_kept(served, adapted):
     policy, _ = adapted
     draws = served.make()(policy, EXAMPLES, 64, generator=seeded())
@@ -258,6 +275,25 @@ def test_another_model_is_found_out_and_all_weights_are_given_anew(served, folde
         sampler = served.make()
         sampler.check(who, EXAMPLES[0])
         assert apart(sampler(who, EXAMPLES, 8, generator=seeded()), who) < TOLERANCE
+
+
+@pytest.mark.skipif(PYTHON is None, reason="make test-vllm runs this")
+def test_vllm_itself_is_given_all_weights_again_where_it_began_anew(folder, tmp_path):
+    """The same sampler, another process behind the same address."""
+    policy, _ = full(*load_model(str(folder), dtype=torch.float32))
+    moved(policy, 8, by=0.05)
+    with real_vllm(folder, tmp_path / "first") as url:
+        server = Server(url)
+        sampler = Vllm(engines=[server], max_completion_length=LONGEST)
+        assert apart(sampler(policy, EXAMPLES, 16, generator=seeded()), policy) < TOLERANCE
+        draw, name = sampler.handed_over(policy), server.holds()
+    assert server.holds() is None
+    with real_vllm(folder, tmp_path / "second", port=int(url.rpartition(":")[2])):
+        assert server.holds() not in (None, name)
+        with pytest.raises(ValueError, match="it began anew while it drew"):
+            draw(policy, EXAMPLES, 16, generator=seeded())
+        assert apart(sampler(policy, EXAMPLES, 16, generator=seeded()), policy) < TOLERANCE
+        assert server.holds() == name
 
 
 def test_virtual_tokens_are_refused(folder):

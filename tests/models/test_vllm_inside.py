@@ -88,6 +88,26 @@ def test_a_whole_run_draws_with_it(wide_model, tiny_run, options, monkeypatch, e
     assert said.count("sleep") - said.count("wake") == (engine == "stand-in")
 
 
+@pytest.mark.parametrize("at", ["generate", "sleep", "wake_up", "collective_rpc", "reset_prefix_cache"])
+def test_one_that_dies_is_one_message_whatever_it_was_told(loaded, tiny_model, at):
+    policy, reference = full(*load_model(str(tiny_model), dtype=torch.float32))
+    with fake_engine(ends=[1]):
+        engine = start(lora(*loaded, r=4)[1], longest=32, memory=0.1)
+        sampler = Vllm(engines=[engine], max_completion_length=5)
+
+        def dead(*arguments, **options):
+            raise RuntimeError("EngineCore encountered an issue")
+
+        def two_steps():
+            for who in (reference, policy):
+                sampler(who, EXAMPLES, 2, generator=torch.Generator().manual_seed(0))
+                moved(policy)
+
+        setattr(engine.llm, at, dead)
+        with pytest.raises(ValueError, match="vllm in this process: RuntimeError: EngineCore"):
+            two_steps()
+
+
 @pytest.mark.skipif(VLLM is not None, reason="vllm is there")
 def test_one_that_is_not_installed_names_the_extra(loaded):
     with pytest.raises(ValueError, match=r"needs the package vllm, .*pip install 'klimb\[colocate\]'"):

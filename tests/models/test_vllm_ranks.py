@@ -109,6 +109,39 @@ def test_what_one_rank_is_refused_ends_all(servers, tiny_run, place, which, mess
         servers[1].fault = lambda path, payload: None
 
 
+def test_a_server_that_begins_anew_is_given_all_weights_again_by_the_first_rank(servers, tiny_run, tmp_path):
+    """In the middle of a step, what both ranks drew in it is thrown away."""
+    server = servers[2]
+    settings = {
+        **tiny_run,
+        "dtype": "float64",
+        "max_steps": 3,
+        "learning_rate": 0.02,
+        "num_replay": 0,
+        "kl_budget": None,
+    }
+    settings |= {"beta": 0.3, "family.kind": "full", "sampler.kind": "vllm", "sampler.url": server.url}
+    one, two = ({**settings, "output_dir": str(tmp_path / name)} for name in ("one", "two"))
+    run(ALONE, one, "run_train")
+    seen, dead, before = [], [], len(server.loads)
+
+    def fault(path, payload):
+        seen.extend([len(server.loads) - before] if path == "/v1/completions" else [])
+        if path == "/v1/completions" and seen.count(2) == 3 and not dead:
+            dead.append(True)
+            server.begin_anew()
+            return "die"
+        return None
+
+    server.fault = fault
+    try:
+        together(2, run, two, "run_train")
+    finally:
+        server.fault = lambda path, payload: None
+    assert dead
+    assert max(differences(tmp_path / "one", tmp_path / "two").values()) < 1e-6
+
+
 def test_an_engine_of_each_process_is_refused(tiny_run):
     settings = {**tiny_run, "sampler.kind": "vllm"}
     assert ended(started(2, refused, settings, "without a url.*got 2 processes, expected one")) == [0, 0]

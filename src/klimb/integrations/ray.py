@@ -1,7 +1,8 @@
 """A run on a Ray cluster: Ray Train starts the processes, and each of them does what torchrun would have it do.
 
-A plan alone can also be drawn by Ray Data, whose workers need not wait for each other, and may come and go. The output directory, the data and the rewards have to be where every worker finds them: on one machine, or on a disk that all
-share. Only the first rank reads and writes the directory of the run.
+A plan alone can also be drawn by Ray Data, whose workers need not wait for each other, and may come and go. The output directory, the data
+and the rewards have to be where every worker finds them: on one machine, or on a disk that all share. Only the first rank reads and writes
+the directory of the run.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from klimb.config import Config
-from klimb.loaded import prepare
-from klimb.planning import plan_block, plan_parts
-from klimb.pool import blocks
-from klimb.run import begun, run_plan
-from klimb.store import StoredParts, check_free
+from klimb.loaded import Loaded, prepare
+from klimb.planning import plan_block, plan_parts, planned
+from klimb.pool import blocks, handed_over
+from klimb.run import begun, report
+from klimb.samplers.vllm import GOES_ON
+from klimb.store import StoredParts, check_free, draws_path
+from klimb.trackers import tracked
+from klimb.watch import UNWATCHED
 
 RESTARTS = 3
 """how often a run whose workers die is taken up again"""
@@ -101,36 +106,40 @@ def plan_over_ray(config: Config, *, num_workers: int, use_gpu: bool = False, re
         data: Any = importlib.import_module("ray.data")
     except ImportError as error:
         raise ValueError("plan_over_ray: Ray Data is not installed; pip install 'klimb[ray]'") from error
+    path = Path(config.output_dir)
     with begun(config, resume=resume) as loaded:
-        parts = plan_parts(loaded, Path(config.output_dir))
-        done = parts.done()
-        every = blocks(len(loaded.train_examples), config.num_plan_draws)
-        left = [{"start": b.start, "stop": b.stop} for b in every if b not in done]
-        if left:
-            drawn = data.from_items(left, override_num_blocks=len(left)).map_batches(
-                _Drawer,
-                fn_constructor_kwargs={
-                    "settings": config.model_dump(),
-                    "parts": parts,
-                    "folder": os.getcwd(),
-                },
-                batch_size=1,
-                concurrency=num_workers,
-                num_gpus=1 if use_gpu else 0,
-            )
-            for row in drawn.iter_rows():
-                if row["wrong"]:
-                    raise ValueError(
-                        f"plan_over_ray: {row['wrong']}; what was drawn before is kept, and resume goes on"
-                    )
-        missing = len(every) - len(parts.done())
-        if missing:
-            raise ValueError(
-                f"plan_over_ray: {missing} of {len(every)} parts are not in {parts.folder}; output_dir has to be on a disk that all "
-                "workers share"
-            )
-    run_plan(config, resume=True)
-    return Path(config.output_dir)
+        if not draws_path(path, "plan").is_file():
+            _draw(data, loaded, path, num_workers=num_workers, use_gpu=use_gpu)
+        _, _, record = planned(loaded, path, UNWATCHED, to_train=False)
+        with tracked(UNWATCHED, config, path) as told:
+            told.event("plan", record)
+    report(path)
+    return path
+
+
+def _draw(data: Any, loaded: Loaded, path: Path, *, num_workers: int, use_gpu: bool) -> None:
+    """Let workers draw and write the blocks of a plan that are not there."""
+    config, parts = loaded.config, plan_parts(loaded, path)
+    done = parts.done()
+    every = blocks(len(loaded.train_examples), config.num_plan_draws)
+    left = [{"start": b.start, "stop": b.stop} for b in every if b not in done]
+    if left:
+        drawn = data.from_items(left, override_num_blocks=len(left)).map_batches(
+            _Drawer,
+            fn_constructor_kwargs={"settings": config.model_dump(), "parts": parts, "folder": os.getcwd()},
+            batch_size=1,
+            concurrency=num_workers,
+            num_gpus=1 if use_gpu else 0,
+        )
+        for row in drawn.iter_rows():
+            if row["wrong"]:
+                raise ValueError(f"plan_over_ray: {row['wrong'].removesuffix(f'; {GOES_ON}')}; {GOES_ON}")
+    missing = len(every) - len(parts.done())
+    if missing:
+        raise ValueError(
+            f"plan_over_ray: {missing} of {len(every)} parts are not in {parts.folder}; output_dir has to be on a disk that all "
+            "workers share"
+        )
 
 
 class _Drawer:
@@ -138,7 +147,8 @@ class _Drawer:
 
     def __init__(self, settings: Mapping[str, Any], parts: StoredParts, folder: str) -> None:
         os.chdir(folder)  # where paths of the configuration begin
-        self.loaded = prepare(Config.model_validate(settings))
+        loaded = prepare(Config.model_validate(settings))
+        self.loaded = replace(loaded, sampler=handed_over(loaded.sampler, loaded.reference))
         self.parts = parts
         self.unscored: list[str] = []
 

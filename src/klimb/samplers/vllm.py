@@ -5,7 +5,8 @@ turn, whoever asks, so the number of ranks changes nothing. A policy's adapter i
 into a folder of its own, named by its contents, and every engine is told of it once; a request that names no adapter is the
 reference, so one engine serves both. Contents, not "the newest", name the adapter: requests under way keep theirs, and no
 memory of a prompt under older weights is taken for the present one. A folder stays as long as a request may name it, for vLLM
-reads it when a request comes, and ends altogether where it is gone. With every weight moving the engines read them all again.
+reads it when a request comes, and ends altogether where it is gone. With every weight moving the engines read them all again, and
+keep the name of their contents: one that has another name began anew, or somebody else gave it weights, and its draws are not taken.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ APART = 0.1
 """nats a token by which an engine's model and ours may differ before they are called two models"""
 ROUNDING = 1e-3
 """nats by which a log-probability may lie above zero"""
+STARTS = 3
+"""how often engines are given all weights for one set of draws, should they begin anew while they draw"""
+GOES_ON = "what was drawn before is kept, and --resume goes on"
+"""how an error of an engine ends while the draws of a plan or measurement are made"""
 PLAIN = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -46,6 +51,13 @@ PLAIN = {
 
 class Adapter(NamedTuple):
     """One version of a policy's adapter: the name that it is served under, and the folder that it lies in."""
+
+    name: str
+    folder: Path
+
+
+class Weights(NamedTuple):
+    """All weights of a policy: the name that an engine keeps of them, and the folder that they lie in."""
 
     name: str
     folder: Path
@@ -87,8 +99,12 @@ class Engine(Protocol):
         """Forget an adapter, if it is there."""
         ...
 
-    def take_weights(self, folder: Path) -> None:
-        """Read all weights of the model again, from this folder, and remember no prompt under the old ones."""
+    def take_weights(self, weights: Weights) -> None:
+        """Read all weights of the model again, and remember no prompt under the old ones."""
+        ...
+
+    def holds(self) -> str | None:
+        """The name of the weights that it was given last; another, or None, where it began anew since, or does not answer."""
         ...
 
 
@@ -113,7 +129,7 @@ class Vllm:
     max_completion_length: int
     keep: int = field(default=4, compare=False)
     told: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """what the engines were told: adapters by name, the weights they hold, the folder they lie in"""
+    """what the engines were told: adapters by name, the folder they lie in"""
 
     def __call__(
         self, policy: CausalPolicy, examples: Sequence[Example], num_draws: int, *, generator: torch.Generator
@@ -132,22 +148,38 @@ class Vllm:
         """Hand over the policy as it is now and begin to draw; what is returned waits for the draws.
 
         The weights may move meanwhile. Where all of them are read again by the engines, they may not, and the draws are
-        waited for here.
+        waited for here; engines that began anew meanwhile are given the weights again, and draw again.
         """
-        adapter = self._hand_over(policy)
-        finish = self._begin(adapter, policy, examples, num_draws, generator=generator)
-        if speaking_adapter(policy) is None:
-            finish()
-        return finish
+        before = generator.get_state()
+        for _ in range(STARTS):
+            handed = self._hand_over(policy)
+            if not isinstance(handed, Weights):
+                return self._begin(handed, policy, examples, num_draws, generator=generator)
+            generator.set_state(before)
+            draws = self._begin(None, policy, examples, num_draws, generator=generator)()
+            if (lost := policy.ranks.from_first(partial(self._lost, handed))) is None:
+                return lambda: draws
+        raise ValueError(f"{lost}, {STARTS} times")
 
     def handed_over(self, policy: CausalPolicy) -> Sampler:
-        """What draws from the policy as it is now, and each rank may call by itself; all ranks call this together."""
-        adapter = self._hand_over(policy)
+        """What draws from the policy as it is now, and each rank may call by itself; all ranks call this together.
+
+        Whatever is wrong with an engine then, the error says that it can be gone on: blocks drawn before are right.
+        """
+        handed = self._hand_over(policy)
+        adapter = handed if isinstance(handed, Adapter) else None
 
         def draw(
             policy: Any, examples: Sequence[Example], num_draws: int, *, generator: torch.Generator
         ) -> Draws:
-            return self._begin(adapter, policy, examples, num_draws, generator=generator)()
+            try:
+                draws = self._begin(adapter, policy, examples, num_draws, generator=generator)()
+            except ValueError as error:
+                raise ValueError(f"{error}; {GOES_ON}") from error
+            # other ranks draw meanwhile, so it is not given them again here
+            if isinstance(handed, Weights) and (lost := self._lost(handed)) is not None:
+                raise ValueError(f"{lost}; {GOES_ON}")
+            return draws
 
         return draw
 
@@ -157,7 +189,8 @@ class Vllm:
         Raises:
             ValueError: no engine is there, or it serves another model.
         """
-        adapter = self._hand_over(policy)
+        handed = self._hand_over(policy)
+        adapter = handed if isinstance(handed, Adapter) else None
         for engine in self.engines:
             generator = torch.Generator().manual_seed(0)
             draws = self._begin(adapter, policy, [example], 8, generator=generator, engines=[engine])()
@@ -207,8 +240,8 @@ class Vllm:
 
     # What the engines are told.
 
-    def _hand_over(self, policy: CausalPolicy) -> Adapter | None:
-        """Let every engine have the policy as it is now, unless it has; the adapter that it draws with there, if any."""
+    def _hand_over(self, policy: CausalPolicy) -> Adapter | Weights | None:
+        """Let every engine have the policy as it is now, unless it has; the adapter or the weights that it has there, if any."""
         if policy.num_virtual:
             raise ValueError(
                 "vllm: got a policy with virtual tokens, which vLLM has not; use family lora or full, or sampler ancestral"
@@ -216,8 +249,7 @@ class Vllm:
         wrapped = speaking_adapter(policy)
         if wrapped is None:
             state = whole_state(policy) or policy.model.state_dict()
-            policy.ranks.from_first(partial(self._hand_over_weights, policy, state))
-            return None
+            return policy.ranks.from_first(partial(self._hand_over_weights, policy, state))
         model, name = wrapped
         if name is None:
             return None
@@ -242,22 +274,27 @@ class Vllm:
                 shutil.rmtree(adapters.pop(old))
         return adapter
 
-    def _hand_over_weights(self, policy: CausalPolicy, state: Mapping[str, Tensor]) -> None:
+    def _hand_over_weights(self, policy: CausalPolicy, state: Mapping[str, Tensor]) -> Weights:
         """Let the engines read all weights again, unless they have them."""
-        contents = _contents(state)
-        # at first nobody knows what they hold: it may be the weights of a run that ended
-        if contents == self.told.get("held"):
-            return
-        folder = self._folder() / "weights"
-        policy.model.save_pretrained(folder, safe_serialization=True, state_dict=dict(state))
-        self.told["held"] = None  # should one of them fail
-        self._each(lambda engine: engine.take_weights(folder))
-        self.told["held"] = contents
+        weights = Weights(_contents(state), self._folder() / "weights")
+        behind = [engine for engine in self.engines if engine.holds() != weights.name]
+        if behind:
+            policy.model.save_pretrained(weights.folder, safe_serialization=True, state_dict=dict(state))
+            self._each(lambda engine: engine.take_weights(weights), behind)
+        return weights
 
-    def _each(self, tell: Callable[[Engine], None]) -> None:
-        """Tell every engine something, at the same time."""
-        with ThreadPoolExecutor(len(self.engines)) as threads:
-            list(threads.map(tell, self.engines))
+    def _lost(self, weights: Weights) -> str | None:
+        """What to say of an engine that does not hold these weights any more."""
+        for engine in self.engines:
+            if engine.holds() != weights.name:
+                return f"{engine.about()}: it began anew while it drew, or somebody else gave it weights"
+        return None
+
+    def _each(self, tell: Callable[[Engine], None], engines: Sequence[Engine] = ()) -> None:
+        """Tell every engine something, or each of these, at the same time."""
+        engines = engines or self.engines
+        with ThreadPoolExecutor(len(engines)) as threads:
+            list(threads.map(tell, engines))
 
     def _folder(self) -> Path:
         """Where adapters and weights lie; it goes with this object."""

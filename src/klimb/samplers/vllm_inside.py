@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch
 from klimb.models.families import save_base, speaking_adapter
 from klimb.models.policy import CausalPolicy
 from klimb.rewards.texts import optional
-from klimb.samplers.vllm import PLAIN, Adapter, Drawn, require_whole
+from klimb.samplers.vllm import PLAIN, Adapter, Drawn, Weights, require_whole
 
 ABOUT = "vllm in this process"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -39,7 +38,7 @@ class Inside:
     llm: Any
     sleeps: bool
     told: dict[str, Any] = field(default_factory=lambda: {"asleep": False, "requests": {}}, repr=False)
-    """whether it sleeps now; vLLM's object of each adapter, by name"""
+    """whether it sleeps now; vLLM's object of each adapter, by name; the name of the weights it was given"""
     numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
     """that adapters are known by; none has been another's"""
 
@@ -76,7 +75,7 @@ class Inside:
         self._wake()
         found = _told(lambda: self.llm.generate(asked, params, lora_request=request, use_tqdm=False))
         if self.sleeps:
-            self.llm.sleep(level=1)
+            _told(lambda: self.llm.sleep(level=1))
             self.told["asleep"] = True
         groups = [[_drawn(one) for one in sorted(answer.outputs, key=lambda o: o.index)] for answer in found]
         for group in groups:
@@ -91,11 +90,17 @@ class Inside:
         if (request := self.told["requests"].pop(name, None)) is not None:
             self.llm.llm_engine.remove_lora(request.lora_int_id)
 
-    def take_weights(self, folder: Path) -> None:
+    def take_weights(self, weights: Weights) -> None:
         """Wake up, and read all weights again."""
+        self.told["held"] = None  # should it fail
         self._wake()
-        _told(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)}))
-        self.llm.reset_prefix_cache()
+        _told(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder)}))
+        _told(self.llm.reset_prefix_cache)
+        self.told["held"] = weights.name
+
+    def holds(self) -> str | None:
+        """The name of its weights; it dies with this process, and not before."""
+        return self.told.get("held")
 
     def _request(self, adapter: Adapter) -> Any:
         requests = self.told["requests"]
@@ -107,7 +112,7 @@ class Inside:
     def _wake(self) -> None:
         if self.told["asleep"]:
             torch.cuda.empty_cache()  # what the trainer does not use now
-            self.llm.wake_up()
+            _told(self.llm.wake_up)
             self.told["asleep"] = False
 
 

@@ -7,14 +7,13 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from klimb.rewards.post import check_url, post_json, shown
 from klimb.rewards.texts import optional
-from klimb.samplers.vllm import PLAIN, Adapter, Drawn, require_whole
+from klimb.samplers.vllm import PLAIN, Adapter, Drawn, Weights, require_whole
 
 
 class Likelihood(BaseModel):
@@ -118,22 +117,32 @@ class Server:
         with contextlib.suppress(httpx2.HTTPError):
             httpx2.post(place, json={"lora_name": name}, timeout=2.0)
 
-    def take_weights(self, folder: Path) -> None:
+    def take_weights(self, weights: Weights) -> None:
         """Let it read all weights again."""
-        payload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        payload = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.folder)}}
         try:
+            self._post("/update_weight_version", {"new_version": ""})  # should it die half-way
             self._post("/collective_rpc", payload)
             said = self._post("/reset_prefix_cache", {})
+            if json.loads(said or "{}").get("success") is not False:
+                self._post("/update_weight_version", {"new_version": weights.name})
+                return
         except ValueError as error:
             raise ValueError(
-                f"{error}. The server has to take weights: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL, on an address that "
-                "nobody else reaches (docs/sampling.md); or use family lora"
+                f"{error}. The server has to take weights: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL, of vLLM 0.32 or later, on an "
+                "address that nobody else reaches (docs/sampling.md); or use family lora"
             ) from error
-        if json.loads(said or "{}").get("success") is False:
-            raise ValueError(
-                f"{self.url}: still draws for somebody under the old weights, and keeps what it remembers of prompts under them; "
-                "expected a server that nobody else asks"
-            )
+        raise ValueError(
+            f"{self.url}: still draws for somebody under the old weights, and keeps what it remembers of prompts under them; "
+            "expected a server that nobody else asks"
+        )
+
+    def holds(self) -> str | None:
+        """The name of its weights; it keeps that as long as its process lives."""
+        httpx2 = optional("httpx2", extra="vllm")
+        with contextlib.suppress(httpx2.HTTPError, ValueError, LookupError, TypeError):
+            return httpx2.get(f"{self.url.rstrip('/')}/weight_info", timeout=30.0).json()["weight_version"]
+        return None
 
     def _model(self) -> str:
         """The name of the model without adapters."""
