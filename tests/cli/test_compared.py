@@ -139,7 +139,7 @@ def test_mistakes_of_a_tired_person(klimb, three, tmp_path):
     store.write_json(tmp_path / "same" / "measure.json", {"beta": BETA})
     for arguments, said in (
         ((good, good), "is given twice"),
-        ((good, tmp_path / "goof"), "without a run"),
+        ((good, tmp_path / "goof"), "goof: no such folder"),
         ((good, tmp_path / "same"), "has no measured reward"),
         ((good, "-o", tmp_path), "expected the name of a file"),
         ((good, "-o", tmp_path / "no" / "page.html"), "expected the name of a file"),
