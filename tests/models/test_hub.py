@@ -108,6 +108,13 @@ def test_no_config(folder):
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("torn", ["{", "[]", ""])
+def test_a_torn_config(folder, torn):
+    (folder / "config.json").write_text(torn)
+    with pytest.raises(ValueError, match=r"its config\.json is not that of a model .*; save or download"):
+        load_model(str(folder))
+
+
 def test_no_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()

@@ -214,16 +214,21 @@ def _check_folder(name: str, folder: Path) -> None:
             "save_pretrained, which writes safetensors"
         )
     # its trunk with a tied head would load without a word
-    if folder.is_dir() and (kind := _architecture(folder)).endswith("ForSequenceClassification"):
+    if folder.is_dir() and (kind := _architecture(name, folder)).endswith("ForSequenceClassification"):
         raise ValueError(
             f"model {name!r} is a reward model ({kind}), expected a language model; name it in reward_funcs"
         )
 
 
-def _architecture(folder: Path) -> str:
+def _architecture(name: str, folder: Path) -> str:
     """What config.json says that the weights are of, or nothing."""
     file = folder / "config.json"
-    said = json.loads(file.read_text(encoding="utf-8")).get("architectures") if file.is_file() else None
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")).get("architectures") if file.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"model {name!r}: its config.json is not that of a model ({error}); save or download the model again"
+        ) from error
     return said[0] if said else ""
 
 
