@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,8 @@ from klimb import cli_data, cli_derive, cli_diagnose, cli_explore, cli_methods, 
 
 if TYPE_CHECKING:
     from klimb.config import Config
+    from klimb.ranks import Ranks
+    from klimb.watch import Watch
 
 HINT = (
     "Any field of the configuration is an option: --learning_rate 1e-3 --family.r 8; klimb schema lists them."
@@ -89,28 +91,23 @@ def plan_train_climb_(
         flags = {"--profile": profile, "--quiet": quiet, "--json": json_}
         raise typer.Exit(_launched(nproc, name, ctx.args, named, flags))
     from klimb import screen
-    from klimb.ranks import joined
-    from klimb.watch import UNWATCHED
 
     stopped: str | None = None
-    _quieten()
-    with joined() as ranks:
-        shown = screen.watching(_console(json_), quiet=quiet or json_)
-        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
-            from klimb import run
+    with _watched(quiet=quiet, json_=json_) as (ranks, watch):
+        from klimb import run
 
-            verb: Any = {"plan": run.run_plan, "train": run.run_train, "climb": run.climb}[name]
-            settings, resumed = ranks.from_first(lambda: _again(settings, resume))
-            try:
-                outcome = verb(
-                    settings,
-                    resume=resumed,
-                    watch=watch,
-                    ranks=ranks,
-                    **({"profile": True} if profile else {}),
-                )
-            except KeyboardInterrupt:
-                stopped = settings.output_dir
+        verb: Any = {"plan": run.run_plan, "train": run.run_train, "climb": run.climb}[name]
+        settings, resumed = ranks.from_first(lambda: _again(settings, resume))
+        try:
+            outcome = verb(
+                settings,
+                resume=resumed,
+                watch=watch,
+                ranks=ranks,
+                **({"profile": True} if profile else {}),
+            )
+        except KeyboardInterrupt:
+            stopped = settings.output_dir
     if not ranks.first:
         raise typer.Exit(130 if stopped or outcome.interrupted else 0)
     if stopped is None and outcome.interrupted:
@@ -156,24 +153,17 @@ def measure_(
         named, flags = {"--config": config, "--policy": policy}, {"--quiet": quiet, "--json": json_}
         raise typer.Exit(_launched(nproc, "measure", ctx.args, named, flags))
     from klimb import screen
-    from klimb.ranks import joined
-    from klimb.watch import UNWATCHED
 
     folder = policy if policy is not None or path is None else path / settings.product
-    _quieten()
-    with joined() as ranks:
-        shown = screen.watching(_console(json_), quiet=quiet or json_)
-        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
-            from klimb.run import report, run_measure
+    with _watched(quiet=quiet, json_=json_) as (ranks, watch):
+        from klimb.run import report, run_measure
 
-            # a certificate in the run's folder is of the run's own policy
-            is_own = path is None or policy is None or policy.resolve() == (path / settings.product).resolve()
-            own = path if is_own else None
-            record = run_measure(
-                settings, policy_folder=str(folder), output_dir=own, watch=watch, ranks=ranks
-            )
-            if own is not None and ranks.first:
-                report(own)
+        # a certificate in the run's folder is of the run's own policy
+        is_own = path is None or policy is None or policy.resolve() == (path / settings.product).resolve()
+        own = path if is_own else None
+        record = run_measure(settings, policy_folder=str(folder), output_dir=own, watch=watch, ranks=ranks)
+        if own is not None and ranks.first:
+            report(own)
     if ranks.first:
         _result(record, json_, lambda: screen.measurement(record))
 
@@ -207,27 +197,22 @@ def sample_(
         flags = {"--quiet": quiet, "--json": json_}
         raise typer.Exit(_launched(nproc, "sample", ctx.args, named, flags))
     from klimb import screen
-    from klimb.ranks import joined
-    from klimb.watch import UNWATCHED
 
-    _quieten()
-    with joined() as ranks:
-        shown = screen.watching(_console(json_), quiet=quiet or json_)
-        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
-            from klimb.sampling import run_sample
+    with _watched(quiet=quiet, json_=json_) as (ranks, watch):
+        from klimb.sampling import run_sample
 
-            record = run_sample(
-                settings,
-                output_dir=output,
-                method=method,
-                num_draws=num_draws,
-                n=n,
-                bound=bound,
-                limit=limit,
-                policy_folder=folder,
-                watch=watch,
-                ranks=ranks,
-            )
+        record = run_sample(
+            settings,
+            output_dir=output,
+            method=method,
+            num_draws=num_draws,
+            n=n,
+            bound=bound,
+            limit=limit,
+            policy_folder=folder,
+            watch=watch,
+            ranks=ranks,
+        )
     if ranks.first:
         _result(record, json_, lambda: screen.samples(record, show))
 
@@ -295,6 +280,20 @@ def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None
             f"--resume {resume} goes on with the run's own configuration; leave the other options out"
         )
     return _of_run(resume, ())
+
+
+@contextmanager
+def _watched(*, quiet: bool, json_: bool) -> Generator[tuple[Ranks, Watch]]:
+    """Within this context this process is one of its ranks; the first one shows how far it is."""
+    from klimb import screen
+    from klimb.ranks import joined
+    from klimb.watch import UNWATCHED
+
+    _quieten()
+    with joined() as ranks:
+        shown = screen.watching(_console(json_), quiet=quiet or json_)
+        with shown if ranks.first else nullcontext(UNWATCHED) as watch:
+            yield ranks, watch
 
 
 def _launched(

@@ -25,8 +25,8 @@ def minimise(value: Callable[[Tensor], Tensor], starts: Iterable[Tensor], *, max
 
 
 def _descend(value: Callable[[Tensor], Tensor], x: Tensor, max_steps: int) -> Tensor:
+    now, slope = _value_and_slope(value, x)
     for _ in range(max_steps):
-        now, slope = _value_and_slope(value, x)
         if slope.abs().max() < 1e-14 * (1 + now.abs()):
             return x
         curvature = torch.autograd.functional.hessian(value, x)
@@ -42,7 +42,7 @@ def _descend(value: Callable[[Tensor], Tensor], x: Tensor, max_steps: int) -> Te
             step = step / 2
         else:
             return x
-        x = x - step
+        x, now, slope = x - step, then, left
     return x
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from klimb.models import fused_attention
 from klimb.models.attended import Attended, Kernels, Matrices
 from klimb.models.recorded import recorded
-from klimb.models.written_out import attention_of, half_turned, normed, written_out
+from klimb.models.written_out import attention_of, normed, rotated, written_out
 
 
 class LlamaDecoder:
@@ -91,8 +91,8 @@ class LlamaDecoder:
         """[R, D] embedded tokens through all layers; what they say to later tokens is written down."""
         for i, layer in enumerate(self.layers):
             heads = layer.query_key_value(normed(layer.attention_norm, x)).reshape(len(x), -1, self.width)
-            turned, value = heads[:, : -self.kv_heads], heads[:, -self.kv_heads :]
-            turned = (turned * cos).addcmul_(half_turned(turned), sin)
+            turned = rotated(heads[:, : -self.kv_heads], cos, sin)
+            value = heads[:, -self.kv_heads :]
             query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
             x = x + layer.output(self.memory.attention(i, query, key, value).reshape(len(x), -1))
             gate, up = layer.gate_up(normed(layer.mlp_norm, x)).chunk(2, 1)

@@ -30,8 +30,10 @@ CHUNK_TOKENS = {"cuda": 4096}
 """a GPU would wait for Python with fewer"""
 CHUNK_NUMBERS = 2048 * 576
 """elsewhere: the numbers of one state of so many tokens; a small model would wait for Python with fewer, a large one wants memory"""
-FEWEST_TOKENS, GROUP_TOKENS = 512, 2048
-"""of a chunk, however wide the model; and the draws of one prompt are an update's smallest unit: up to so many go together even so, rather than being read twice"""
+FEWEST_TOKENS = 512
+"""of a chunk, however wide the model"""
+GROUP_TOKENS = 2048
+"""the draws of one prompt are an update's smallest unit: up to so many go together even so, rather than being read twice"""
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,7 @@ class _Seen:
 def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
     heads, n_qkv = layer.query_key_value.forward(_norm(layer.attention_norm, x)[0])
     heads = heads.unflatten(1, (-1, place.cos.shape[-1]))
-    turned = heads[:, : -place.kv_heads]
-    turned = (turned * place.cos).addcmul_(half_turned(turned), place.sin)
+    turned = rotated(heads[:, : -place.kv_heads], place.cos, place.sin)
     query, key, value = (
         turned[:, : -place.kv_heads],
         turned[:, -place.kv_heads :],
@@ -225,7 +224,7 @@ def _backward(
         g_out.view_as(seen.out), seen.out, seen.attended, place.layout, place.scale
     )
     turned = torch.cat([to_query, to_key], 1)
-    turned_back = (turned * place.cos).sub_(half_turned(turned * place.sin))
+    turned_back = (turned * place.cos).sub_(_half_turned(turned * place.sin))
     g_heads = torch.cat([turned_back, to_value], 1).flatten(1)
     read, size = _norm(layer.attention_norm, seen.x)
     if not (wants_x or layer.attention_norm.weight.requires_grad):
@@ -269,7 +268,12 @@ def _is_one_kernel(norm: Any, x: Tensor) -> bool:
     return x.is_cuda and x.dtype == norm.weight.dtype != torch.float64
 
 
-def half_turned(x: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[N, H, w] queries or keys, turned by the angles of their positions, [N, 1, w] each."""
+    return (x * cos).addcmul_(_half_turned(x), sin)
+
+
+def _half_turned(x: Tensor) -> Tensor:
     """[..., w] the halves (a, b) -> (-b, a): what the sines of the angles multiply. Its transpose is its negative."""
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)
