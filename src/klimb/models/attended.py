@@ -2,8 +2,8 @@
 
 R rows (completions still running) of P prompts, H query heads, K heads of keys and values, w wide, L prompt tokens, T completion
 tokens. The memory of a prompt is read where it lies by all of its completions; one softmax runs over it and the row's own.
-`Matrices` multiplies by hand and sums in float32 or wider: for one query a row the fused operations of torch take twice as
-long on a CPU. `Kernels` leaves it to those of a GPU (`klimb.models.fused_attention`).
+`Kernels` leaves it to those of a GPU (`klimb.models.fused_attention`); `Matrices` multiplies by hand and sums in float32 or wider. On a CPU
+with a compiler neither is used (`klimb.models.llama_on_cpu`).
 """
 
 from __future__ import annotations

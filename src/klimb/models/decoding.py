@@ -15,10 +15,11 @@ from torch import Tensor
 
 from klimb.data import Example
 from klimb.models.llama import LlamaDecoder
+from klimb.models.llama_on_cpu import LoopDecoder, has_loops
 from klimb.models.low_rank import merged
 from klimb.models.policy import CausalPolicy
 from klimb.models.room import make_room, remembering
-from klimb.models.written_out import is_llama_like
+from klimb.models.written_out import is_llama_like, read_prompts, written_out
 
 WRITTEN_OUT_ON = ("cpu", "cuda")
 
@@ -81,11 +82,36 @@ def started(
 
     Entered with the policy's adapters on; the decoder is for use within the context.
     """
+    model = policy.model
+    if policy.device.type == "cpu" and has_loops(model):
+        first, decoder = _started_with_loops(policy, examples, num_draws, longest)
+        yield first.repeat_interleave(num_draws, 0), decoder
+        return
     first, cache, mask = policy.read_prompts(examples)
-    first, model = first.repeat_interleave(num_draws, 0), policy.model
+    first = first.repeat_interleave(num_draws, 0)
     if policy.device.type in WRITTEN_OUT_ON and is_llama_like(model):
         keys, values = [x.keys for x in cache.layers], [x.values for x in cache.layers]
         yield first, LlamaDecoder(model, keys, values, mask, num_draws, longest)
     else:
         with merged(model):
             yield first, CacheDecoder(model, cache, mask, num_draws, longest)
+
+
+@torch.no_grad()
+def _started_with_loops(
+    policy: CausalPolicy, examples: Sequence[Example], num_draws: int, longest: int
+) -> tuple[Tensor, LoopDecoder]:
+    """[P, D] the states that predict the first tokens, and the decoder."""
+    model = policy.model
+    layers = [written_out(layer) for layer in policy.body.layers]
+    if policy.prefix is None:
+        embedded, counts = policy.packed_prompts(examples)
+        lengths = torch.tensor(counts)
+        states, remembered = read_prompts(model, layers, embedded, counts)
+        first = states[lengths.cumsum(0) - 1]
+    else:  # a prefix is keys and values, which transformers' cache takes
+        first, cache, mask = policy.read_prompts(examples)
+        lengths = mask.sum(1)
+        left = mask.argsort(dim=1, descending=True, stable=True)[:, None, :, None]
+        remembered = [tuple(x.take_along_dim(left, 2) for x in (y.keys, y.values)) for y in cache.layers]
+    return first, LoopDecoder(model, layers, remembered, lengths, num_draws, longest)

@@ -22,7 +22,7 @@ from torch import Tensor
 from klimb.models import fused_attention
 from klimb.models.attended import Attended, Kernels, Matrices
 from klimb.models.recorded import recorded
-from klimb.models.written_out import attention_of, normed, rotated, written_out
+from klimb.models.written_out import attention_of, gated, normed, turned, written_out
 
 
 class LlamaDecoder:
@@ -90,11 +90,9 @@ class LlamaDecoder:
     def _through(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[R, D] embedded tokens through all layers; what they say to later tokens is written down."""
         for i, layer in enumerate(self.layers):
-            heads = layer.query_key_value(normed(layer.attention_norm, x)).reshape(len(x), -1, self.width)
-            turned = rotated(heads[:, : -self.kv_heads], cos, sin)
-            value = heads[:, -self.kv_heads :]
-            query, key = turned[:, : -self.kv_heads], turned[:, -self.kv_heads :]
-            x = x + layer.output(self.memory.attention(i, query, key, value).reshape(len(x), -1))
-            gate, up = layer.gate_up(normed(layer.mlp_norm, x)).chunk(2, 1)
-            x = x + layer.down(layer.activation(gate) * up)
+            heads = layer.query_key_value(normed(layer.attention_norm, x))
+            query, key, value = turned(heads, cos, sin, self.kv_heads)
+            found = self.memory.attention(i, query, key, value).reshape(len(x), -1)
+            x = x + layer.output(found)
+            x = x + layer.down(gated(layer.gate_up(normed(layer.mlp_norm, x))))
         return normed(self.body.norm, x)

@@ -255,10 +255,7 @@ class CausalPolicy:
         rows = [[ids[:-1] for ids in group] for group in draws.completions]
         ids = torch.cat([torch.tensor(p) for p in prompts] + [r for group in rows for r in group])
         starts, position, predicts = _packed_places([len(p) for p in prompts], draws)
-        embedded = self.model.get_input_embeddings()(ids.to(self.device))
-        if self.virtual is not None:
-            place = (starts[:, None] + torch.arange(len(self.virtual))).flatten().to(self.device)
-            embedded = embedded.index_copy(0, place, self.virtual.repeat(len(prompts), 1).to(embedded.dtype))
+        embedded = self._embedded_packed(ids, starts)
         lengths = [[len(r) for r in group] for group in rows]
         states = through_layers(
             self.model,
@@ -269,6 +266,21 @@ class CausalPolicy:
             recompute=self.gradient_checkpointing,
         )
         return self.body.norm(states[predicts.to(self.device)])
+
+    def _embedded_packed(self, ids: Tensor, starts: Tensor) -> Tensor:
+        """[N] packed tokens -> [N, D] what the layers read, with the virtual tokens where each prompt starts [P]."""
+        embedded = self.model.get_input_embeddings()(ids.to(self.device))
+        if self.virtual is None:
+            return embedded
+        place = (starts[:, None] + torch.arange(len(self.virtual))).flatten().to(self.device)
+        return embedded.index_copy(0, place, self.virtual.repeat(len(starts), 1).to(embedded.dtype))
+
+    def packed_prompts(self, examples: Sequence[Example]) -> tuple[Tensor, list[int]]:
+        """What the layers read of the prompts, packed [N, D], and how many tokens each has [P]; a prefix is not among them."""
+        prompts = [self._prompt_ids(example) for example in examples]
+        lengths = [len(prompt) for prompt in prompts]
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        return self._embedded_packed(torch.tensor([t for prompt in prompts for t in prompt]), starts), lengths
 
     @property
     def body(self) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from klimb.models import cpu_kernels
 from klimb.models.low_rank import adapter_of, base_of
 
 PACKABLE = (torch.bfloat16, torch.float32)
@@ -170,6 +171,41 @@ def _adapters_side_by_side(parts: Sequence[Part]) -> tuple[Tensor, Tensor] | Non
     return a, b
 
 
+@dataclass(frozen=True)
+class OfFew:
+    """A product for few rows, again and again: its adapters are one compiled loop of a CPU.
+
+    Attributes:
+        weight: [D_out, D_in] laid out for the processor.
+        bias: [D_out] or None.
+        adapters: the layers' own, or None where none has one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: cpu_kernels.Adapters | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, D_in], contiguous -> [N, D_out]."""
+        y = _packed_linear(x, self.weight, self.bias)
+        if self.adapters is not None:
+            cpu_kernels.adapt(y, x, self.adapters)
+        return y
+
+
+def of_few(product: Product) -> OfFew:
+    """The same product for few rows, where there are the loops of `klimb.models.cpu_kernels` and weights are laid out."""
+    assert product.packed
+    if product.adapter is None:
+        return OfFew(product.weights[0], product.bias, None)
+    wide = [None if part.adapter is None else part.adapter[1].detach() for part in product.parts]
+    ranks = torch.tensor([0 if b is None else b.shape[1] for b in wide])
+    columns = torch.tensor([len(part.weight) for part in product.parts])
+    b = torch.cat([b.t().flatten() for b in wide if b is not None])
+    adapters = cpu_kernels.Adapters(product.adapter[0].t().contiguous(), b, ranks, columns)
+    return OfFew(product.weights[0], product.bias, adapters)
+
+
 def forget_laid_out(model: nn.Module) -> None:
     """Forget the copies that were laid out for the processor: of layers that are split over ranks, which come and go unversioned."""
     for module in model.modules():
@@ -187,7 +223,7 @@ def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tenso
     weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
     packs = _packs(weight)
     if packs:
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        weight = _packed(weight)
     keeper.__dict__["laid_out"] = (name, (weight,), packs)
     return (weight,), packs
 
@@ -197,12 +233,16 @@ def laid_out_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], 
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if not _packs(weight):
         return partial(nn.functional.linear, weight=weight, bias=bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    packed = _packed(weight)
     return lambda x: _packed_linear(x, packed, bias)
 
 
 def _packs(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in PACKABLE and torch.backends.mkldnn.is_available()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
 
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

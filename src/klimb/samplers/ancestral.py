@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from klimb.data import Draws, Example
+from klimb.models import cpu_kernels
 from klimb.models.decoding import started
 from klimb.models.policy import CausalPolicy
 
@@ -178,6 +179,8 @@ def draw_tokens(
     wide = torch.promote_types(logits.dtype, torch.float32)
     if temperature != 1.0 or top_p < 1.0:
         logits = _altered(logits.to(wide), temperature, top_p)
+    if cpu_kernels.usable(logits):
+        return cpu_kernels.choose(logits, uniform)
     mass = logits.softmax(1, dtype=wide)
     rows, vocabulary = mass.shape
     padded = torch.nn.functional.pad(mass, (0, -vocabulary % BLOCK)) if vocabulary % BLOCK else mass

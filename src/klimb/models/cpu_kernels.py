@@ -1,0 +1,162 @@
+"""The compiled loops of a CPU (`cpu_kernels.cpp`) for torch's tensors: norms, gates, angles, attention of a token, its choice.
+
+N tokens, D wide. Each does in one pass over its data what torch does in four to twenty; sums are in float32, what comes out is rounded once. For
+float32 and bfloat16 on a CPU where there is a compiler (`klimb.models.compiled`): ask `usable` first. Nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klimb.models.compiled import library
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+LANES = 16
+"""numbers that the loops take at a time"""
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+SIGNATURES = {
+    "norm": "ppppppiif",
+    "norm_backward": "ppppppii",
+    "gated": "ppii",
+    "gated_backward": "pppii",
+    "adapt": "ppppiiiiipp",
+    "turn": "pppiiiif",
+    "attend_token": "pppppppppiiiiiiif",
+    "choose": "ppppii",
+}
+"""of each loop: pointers, 64-bit integers and floats"""
+
+
+def usable(x: Tensor, *others: Tensor) -> bool:
+    """True where these tensors, of one dtype, can go through the loops."""
+    return (
+        x.is_cpu
+        and x.dtype in NAMES
+        and all(other.dtype == x.dtype for other in others)
+        and library() is not None
+    )
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, plus: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + plus) at unit mean square times the weight [N, D]; what it was multiplied by [N, 1]; and the sum [N, D]."""
+    x, plus = x.contiguous(), None if plus is None else plus.contiguous()
+    total = x if plus is None else torch.empty_like(x)
+    out, size = torch.empty_like(x), torch.empty(len(x), 1)
+    _call("norm", x.dtype, x, plus, weight, total, out, size, *x.shape, eps)
+    return out, size, total
+
+
+def norm_backward(g: Tensor, x: Tensor, weight: Tensor, size: Tensor, above: Tensor) -> Tensor:
+    """[N, D] `above` plus the gradient of x, given that of its norm, and what it was multiplied by."""
+    g, x, above = g.contiguous(), x.contiguous(), above.contiguous()
+    out = torch.empty_like(x)
+    _call("norm_backward", x.dtype, g, x, weight, size, above, out, *x.shape)
+    return out
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """[N, 2 D] gate and up side by side -> [N, D] silu(gate) up."""
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    _call("gated", out.dtype, gate_up, out, *out.shape)
+    return out
+
+
+def gated_backward(g: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient [N, 2 D] of gate and up, given that of `gated` [N, D]."""
+    g, gate_up = g.contiguous(), gate_up.contiguous()
+    out = torch.empty_like(gate_up)
+    _call("gated_backward", g.dtype, g, gate_up, out, *g.shape)
+    return out
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters of layers side by side, for few rows.
+
+    Attributes:
+        a: [D_in, r] of all of them, times their scales.
+        b: [r_i, d_i] of each, one after the other, flat.
+        ranks: [n] int64, r_i, 0 for a layer without one.
+        columns: [n] int64, d_i.
+    """
+
+    a: Tensor
+    b: Tensor
+    ranks: Tensor
+    columns: Tensor
+
+
+def adapt(y: Tensor, x: Tensor, adapters: Adapters) -> None:
+    """Y [N, d_1 + ... + d_n] += x A' B' for few rows x [N, D_in]; all contiguous."""
+    a, b, ranks, columns = adapters.a, adapters.b, adapters.ranks, adapters.columns
+    _call("adapt", x.dtype, x, a, b, y, *x.shape, a.shape[1], y.shape[1], len(ranks), ranks, columns)
+
+
+def turn(heads: Tensor, count: int, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
+    """Turn the first `count` heads of [N, H, w], contiguous, by their angles [N, 1, w], in place; or their gradients, back."""
+    assert heads.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    rows, per_row, width = heads.shape
+    sign = -1.0 if back else 1.0
+    _call("turn", heads.dtype, heads, cos, sin, rows, count, width, per_row * width, sign)
+
+
+def attend_token(
+    heads: Tensor,
+    prompts: tuple[Tensor, Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    prompt: Tensor,
+    slot: Tensor,
+    written: int,
+    scale: float,
+) -> Tensor:
+    """[R, H w] what each row's query finds among its prompt's tokens and its own; key and value are written down with them first.
+
+    Args:
+        heads: [R, H + 2 K, w] query, key and value, contiguous.
+        prompts: keys [P, K, tiles, w, 16], values [P, K, L, w], and how many tokens each prompt has [P] int64; they stand on the left.
+        own: keys [S, K, tiles, w, 16] and values [S, K, 16 tiles, w].
+        prompt: [R] int64 of each row.
+        slot: [R] int64 where each row's own tokens lie.
+        written: tokens of each row, with this one.
+        scale: what products of query and key are multiplied by.
+    """
+    rows, count, width = heads.shape
+    kv, longest, tiles = own[0].shape[1], prompts[1].shape[2], own[0].shape[2]
+    out = heads.new_empty(rows, (count - 2 * kv) * width)
+    sizes = (rows, count - 2 * kv, kv, width, longest, written, tiles)
+    _call("attend_token", heads.dtype, heads, *prompts, prompt, slot, *own, out, *sizes, scale)
+    return out
+
+
+def tiled(keys: Tensor) -> Tensor:
+    """[..., L, w] keys -> [..., tiles, w, 16], as `attend_token` reads them."""
+    padded = torch.nn.functional.pad(keys, (0, 0, 0, -keys.shape[-2] % LANES))
+    return padded.unflatten(-2, (-1, LANES)).transpose(-2, -1).contiguous()
+
+
+def choose(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row [R] int64 by the inverse of the cumulated distribution of the logits [R, V], and its log-probability [R] float64."""
+    logits, uniform = logits.contiguous(), uniform.contiguous()
+    token, log_prob = torch.empty(len(logits), dtype=torch.int64), torch.empty_like(uniform)
+    _call("choose", logits.dtype, logits, uniform, token, log_prob, *logits.shape)
+    return token, log_prob
+
+
+def _call(name: str, dtype: torch.dtype, *what: Any) -> None:
+    """Run a loop for numbers of this dtype; tensors go as their address."""
+    _loop(name, dtype)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in what])
+
+
+@cache
+def _loop(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    function = getattr(library(), f"{name}_{NAMES[dtype]}")
+    function.argtypes, function.restype = [KINDS[kind] for kind in SIGNATURES[name]], None
+    return function
