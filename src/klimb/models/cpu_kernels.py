@@ -102,7 +102,7 @@ def adapt(y: Tensor, x: Tensor, adapters: Adapters) -> None:
 
 def turn(heads: Tensor, count: int, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:
     """Turn the first `count` heads of [N, H, w], contiguous, by their angles [N, 1, w], in place; or their gradients, back."""
-    assert heads.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    assert all(x.is_contiguous() for x in (heads, cos, sin))
     rows, per_row, width = heads.shape
     sign = -1.0 if back else 1.0
     _call("turn", heads.dtype, heads, cos, sin, rows, count, width, per_row * width, sign)

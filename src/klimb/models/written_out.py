@@ -132,8 +132,9 @@ def through_layers(
 def read_prompts(
     model: Any, layers: Sequence[Layer], embedded: Tensor, prompts: Sequence[int]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The states of packed prompts [N, D] after the last norm, and of each layer the keys and values [P, K, L, w] of its tokens, which stand on
-    the left.
+    """The states of packed prompts [N, D] after the last norm, and of each layer the keys and values [P, K, L, w] of its tokens.
+
+    The tokens of a prompt stand on the left, and what is on the right of them means nothing.
 
     Args:
         model: one that `is_llama_like`, its adapters on that are to speak.
