@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from klimb.models import compiled, cpu_kernels, written_out
+from klimb.models import compiled, cpu_kernels, logprob, written_out
 from klimb.samplers import ancestral
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
@@ -179,6 +179,53 @@ def test_the_layers_gradient_is_that_without_loops(build, random, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "usable", lambda *tensors: False)
     for ours, theirs in zip(found, through(), strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_heads_gradient_is_that_without_loops(bias, trained, random, monkeypatch):
+    hidden = torch.randn(11, 24, generator=random).requires_grad_()
+    weight = torch.randn(2500, 24, generator=random).requires_grad_(trained)  # three blocks
+    head = logprob.Head(weight, torch.randn(2500, generator=random).requires_grad_(trained) if bias else None)
+    tokens = torch.randint(2500, (11,), generator=random)
+    upstream = torch.randn(11, generator=random)
+    wanted = [x for x in (hidden, weight, head.bias) if x is not None and x.requires_grad]
+
+    def through():
+        found = logprob.token_log_prob(hidden, head, tokens, rows=4)
+        return [found, *torch.autograd.grad(found @ upstream, wanted)]
+
+    found = through()
+    monkeypatch.setattr(cpu_kernels, "usable", lambda *tensors: False)
+    for ours, theirs in zip(found, through(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_weights_of_attention_once_more_and_their_gradient(random):
+    """Two prompts, one of them padded, a window that begins after the fourth step: the weights sum to one, and are formed alike twice."""
+    window = cpu_kernels.Window(groups=3, steps=2, start=4, per_prompt=12, lengths=torch.tensor([5, 2]))
+    products, shared = torch.randn(2, 2, 6, 6, generator=random), torch.randn(2, 2, 6, 5, generator=random)
+    own, before = products.clone(), shared.clone()
+    log_sum = cpu_kernels.soften(own, before, window, 0.7)
+    step = 4 + torch.arange(6)[:, None] // 3
+    hidden = torch.cat(
+        [
+            torch.arange(5).expand(2, 2, 6, 5) >= window.lengths.view(2, 1, 1, 1),
+            (torch.arange(6) > step).expand(2, 2, 6, 6),
+        ],
+        -1,
+    )
+    scores = (0.7 * torch.cat([shared, products], -1)).masked_fill(hidden, -torch.inf)
+    weights = scores.double().softmax(-1)
+    assert close(torch.cat([before, own], -1), weights, 1e-6)
+    assert close(log_sum[..., 0], scores.double().logsumexp(-1), 1e-6)
+    assert close(cpu_kernels.reweigh(products.clone(), log_sum, window, 0.7), weights[..., 5:], 1e-6)
+    again = cpu_kernels.reweigh(shared.clone(), log_sum, window, 0.7, of_prompt=True)
+    assert close(again, weights[..., :5], 1e-6)
+    assert not close(again, (0.7 * shared).double().softmax(-1), 1e-3)  # the mutant: a softmax of its own
+    g, common = torch.randn(2, 2, 6, 6, generator=random), torch.randn(2, 2, 6, 1, generator=random)
+    wanted = own.double() * (g.double() - common.double()) * 0.7
+    assert close(cpu_kernels.soften_backward(g, own, common, 0.7), wanted, 1e-6)
 
 
 def test_without_a_compiler_there_is_no_library(monkeypatch):

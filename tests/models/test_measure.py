@@ -41,7 +41,7 @@ def test_an_untrained_policy_in_bfloat16_has_no_kl_and_attained_nothing(build, t
         log_ref_reference=of_reference.draws.log_q,
         generator=torch.Generator().manual_seed(0),
     )
-    assert abs(mutant.kl.value) > 1e-6
+    assert mutant.kl.value != 0
 
 
 @pytest.mark.parametrize("kind", [standardized, chi_squared])

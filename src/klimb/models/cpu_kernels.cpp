@@ -24,6 +24,7 @@ struct bfloat16 {
 
 constexpr int64_t LANES = 16;
 constexpr float NONE = -INFINITY;
+constexpr Ints COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Floats all(float x) { return Floats{} + x; }
 
@@ -48,6 +49,9 @@ inline void store(bfloat16* p, Floats x) {  // to the nearest, ties to even; NaN
   memcpy(p, &h, sizeof h);
 }
 
+// x in the first n lanes, and `fill` in those that are left.
+inline Floats first(Floats x, int64_t n, float fill) { return COUNT < (int32_t)n ? x : all(fill); }
+
 // The n next numbers, and `fill` in the lanes that are left.
 template <class T>
 inline Floats load(const T* p, int64_t n, float fill = 0) {
@@ -55,9 +59,7 @@ inline Floats load(const T* p, int64_t n, float fill = 0) {
   T rest[LANES];
   memcpy(rest, p, n * sizeof(T));
   memset(rest + n, 0, (LANES - n) * sizeof(T));
-  Floats x = load(rest);
-  for (int64_t i = n; i < LANES; i++) x[i] = fill;
-  return x;
+  return first(load(rest), n, fill);
 }
 
 template <class T>
@@ -412,7 +414,112 @@ void choose(const T* logits, const double* uniform, int64_t* token, double* log_
   }
 }
 
+// One block of the vocabulary further in log softmax(logits)[token] of every row: what `logprob._onward` says.
+//
+// logits [rows, columns] become mass, exp(logits - largest), if `kept`; largest, total, chosen [rows] go on; factor [rows].
+template <class T>
+void absorb(T* logits, const int64_t* tokens, float* largest_so_far, float* total, float* chosen, float* factor, int64_t rows,
+            int64_t columns, int64_t seen, int64_t kept) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; row++) {
+    T* mine = logits + row * columns;
+    Floats most = all(largest_so_far[row]);
+    for (int64_t i = 0; i < columns; i += LANES) most = larger(load(mine + i, columns - i, NONE), most);
+    float top = largest(most), shrunk = largest_so_far[row] - top;
+    int64_t own = tokens[row] - seen;
+    chosen[row] = own >= 0 && own < columns ? load(mine + own, 1)[0] - top : chosen[row] + shrunk;
+    Floats found{};
+    for (int64_t i = 0; i < columns; i += LANES) {
+      Floats mass = exp(load(mine + i, columns - i, NONE) - top);
+      if (kept) store(mine + i, mass, columns - i);
+      found += mass;
+    }
+    factor[row] = std::exp(shrunk);
+    total[row] = total[row] * factor[row] + sum(found);
+    largest_so_far[row] = top;
+  }
+}
+
+// Where the rows of scores stand: prompts x per_prompt rows, each group of `groups` rows one of `steps` steps after the `start`-th.
+struct Window {
+  int64_t rows, columns, groups, steps, start, per_prompt, longest;
+  const int64_t* lengths;
+
+  int64_t own(int64_t row) const { return start + row / groups % steps + 1; }
+  int64_t prompt(int64_t row) const { return lengths[row / per_prompt]; }
+};
+
+inline float top_of(const float* x, int64_t n, float scale, float top) {
+  Floats most = all(top);
+  for (int64_t i = 0; i < n; i += LANES) most = larger(first(load(x + i, n - i) * scale, n - i < LANES ? n - i : LANES, NONE), most);
+  return largest(most);
+}
+
+// x = exp(scale x - level) of the first n, 0 of the others; their sum.
+inline float weigh(float* x, int64_t n, int64_t columns, float scale, float level) {
+  Floats total{};
+  for (int64_t i = 0; i < columns; i += LANES) {
+    int64_t seen = n - i < 0 ? 0 : n - i < LANES ? n - i : LANES;
+    Floats weight = seen ? first(exp(load(x + i, columns - i) * scale - level), seen, 0.f) : all(0.f);
+    total += weight;
+    store(x + i, weight, columns - i);
+  }
+  return sum(total);
+}
+
+inline void divide(float* x, int64_t n, float by) {
+  for (int64_t i = 0; i < n; i += LANES) store(x + i, load(x + i, n - i) * (1.f / by), n - i);
+}
+
+// Scores over a row's own tokens [rows, columns] and over its prompt's [rows, longest] (may be missing) become one softmax in place.
+void soften(float* own, float* before, float* log_sum, const Window& w, float scale) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < w.rows; row++) {
+    float *mine = own + row * w.columns, *shared = before ? before + row * w.longest : nullptr;
+    int64_t n = w.own(row), m = before ? w.prompt(row) : 0;
+    float top = top_of(mine, n, scale, before ? top_of(shared, m, scale, NONE) : NONE);
+    float total = weigh(mine, n, w.columns, scale, top) + (before ? weigh(shared, m, w.longest, scale, top) : 0.f);
+    divide(mine, n, total);
+    if (before) divide(shared, m, total);
+    log_sum[row] = std::log(total) + top;
+  }
+}
+
+// The same weights once more, from the log of their sum: of own tokens, or of the prompt's.
+void reweigh(float* scores, const float* log_sum, const Window& w, int64_t of_prompt, float scale) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < w.rows; row++) {
+    int64_t columns = of_prompt ? w.longest : w.columns;
+    weigh(scores + row * columns, of_prompt ? w.prompt(row) : w.own(row), columns, scale, log_sum[row]);
+  }
+}
+
+// The gradient of scores: g = weights (g - common) scale.
+void soften_backward(float* g, const float* weights, const float* common, int64_t rows, int64_t columns, float scale) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i < columns; i += LANES) {
+      int64_t at = row * columns + i, n = columns - i;
+      store(g + at, (load(g + at, n) - common[row]) * load(weights + at, n) * scale, n);
+    }
+}
+
 }  // namespace
+
+extern "C" void soften_float32(float* own, float* before, float* log_sum, int64_t rows, int64_t columns, int64_t groups, int64_t steps,
+                               int64_t start, int64_t per_prompt, int64_t longest, const int64_t* lengths, float scale) {
+  soften(own, before, log_sum, {rows, columns, groups, steps, start, per_prompt, longest, lengths}, scale);
+}
+
+extern "C" void reweigh_float32(float* scores, const float* log_sum, int64_t rows, int64_t columns, int64_t groups, int64_t steps,
+                                int64_t start, int64_t per_prompt, int64_t longest, const int64_t* lengths, int64_t of_prompt,
+                                float scale) {
+  reweigh(scores, log_sum, {rows, columns, groups, steps, start, per_prompt, longest, lengths}, of_prompt, scale);
+}
+
+extern "C" void soften_backward_float32(float* g, const float* weights, const float* common, int64_t rows, int64_t columns, float scale) {
+  soften_backward(g, weights, common, rows, columns, scale);
+}
 
 #define EXPORT(T, NAME)                                                                                                         \
   extern "C" void norm_##NAME(const T* x, const T* y, const T* weight, T* total, T* out, float* size, int64_t rows,             \
@@ -447,6 +554,10 @@ void choose(const T* logits, const double* uniform, int64_t* token, double* log_
   extern "C" void choose_##NAME(const T* logits, const double* uniform, int64_t* token, double* log_prob, int64_t rows,         \
                                 int64_t vocabulary) {                                                                           \
     choose(logits, uniform, token, log_prob, rows, vocabulary);                                                                 \
+  }                                                                                                                             \
+  extern "C" void absorb_##NAME(T* logits, const int64_t* tokens, float* largest, float* total, float* chosen, float* factor,   \
+                                int64_t rows, int64_t columns, int64_t seen, int64_t kept) {                                    \
+    absorb(logits, tokens, largest, total, chosen, factor, rows, columns, seen, kept);                                          \
   }
 
 EXPORT(float, float32)

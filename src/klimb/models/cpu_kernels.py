@@ -30,6 +30,10 @@ SIGNATURES = {
     "turn": "pppiiiif",
     "attend_token": "pppppppppiiiiiiif",
     "choose": "ppppii",
+    "absorb": "ppppppiiii",
+    "soften": "pppiiiiiiipf",
+    "reweigh": "ppiiiiiiipif",
+    "soften_backward": "pppiif",
 }
 """of each loop: pointers, 64-bit integers and floats"""
 
@@ -148,6 +152,78 @@ def choose(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     token, log_prob = torch.empty(len(logits), dtype=torch.int64), torch.empty_like(uniform)
     _call("choose", logits.dtype, logits, uniform, token, log_prob, *logits.shape)
     return token, log_prob
+
+
+def absorb(
+    logits: Tensor, tokens: Tensor, largest: Tensor, total: Tensor, chosen: Tensor, seen: int, *, keep: bool
+) -> Tensor:
+    """Go one block of the vocabulary further in log softmax(logits)[token]; what all sums before were multiplied by [n] float32.
+
+    Args:
+        logits: [n, v] contiguous; become exp(logits - largest) if `keep`.
+        tokens: [n] int64.
+        largest: [n] float32 the largest logit so far, in place.
+        total: [n] float32 sum of exp(logit - largest), in place.
+        chosen: [n] float32 logit of the row's token less `largest`, in place.
+        seen: tokens of the vocabulary gone through.
+        keep: whether the mass is wanted.
+    """
+    factor = torch.empty_like(total)
+    _call(
+        "absorb", logits.dtype, logits, tokens, largest, total, chosen, factor, *logits.shape, seen, int(keep)
+    )
+    return factor
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which rows of scores see what: P prompts x K x G x steps x groups rows, in this order.
+
+    Attributes:
+        groups: rows of one step.
+        steps: of the window.
+        start: steps before it.
+        per_prompt: rows of a prompt.
+        lengths: [P] int64 tokens of each prompt.
+    """
+
+    groups: int
+    steps: int
+    start: int
+    per_prompt: int
+    lengths: Tensor
+
+
+def soften(own: Tensor, before: Tensor | None, window: Window, scale: float) -> Tensor:
+    """Products of queries with the row's own keys [..., m] and its prompt's [..., L] become one softmax, in place.
+
+    The logs of the sums come back [..., 1]; what a row does not see weighs 0. All float32 and contiguous.
+    """
+    log_sum = own.new_empty(*own.shape[:-1], 1)
+    longest = 0 if before is None else before.shape[-1]
+    _call("soften", own.dtype, own, before, log_sum, *_seen(own.shape[-1], longest, log_sum, window), scale)
+    return log_sum
+
+
+def reweigh(
+    scores: Tensor, log_sum: Tensor, window: Window, scale: float, *, of_prompt: bool = False
+) -> Tensor:
+    """The weights of `soften` once more, of own tokens or of the prompt's, from the logs of the sums; in place of the products."""
+    columns = scores.shape[-1]
+    sizes = _seen(0 if of_prompt else columns, columns if of_prompt else 0, log_sum, window)
+    _call("reweigh", scores.dtype, scores, log_sum, *sizes, int(of_prompt), scale)
+    return scores
+
+
+def _seen(columns: int, longest: int, log_sum: Tensor, window: Window) -> tuple[Any, ...]:
+    where = (window.groups, window.steps, window.start, window.per_prompt)
+    return log_sum.numel(), columns, *where, longest, window.lengths
+
+
+def soften_backward(g: Tensor, weights: Tensor, common: Tensor, scale: float) -> Tensor:
+    """Weights (g - common) scale [..., m], the gradient of the products, in place of g; common [..., 1]. All float32 and contiguous."""
+    _call("soften_backward", g.dtype, g, weights, common, common.numel(), g.shape[-1], scale)
+    return g
 
 
 def _call(name: str, dtype: torch.dtype, *what: Any) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from klimb.models import cpu_kernels
 from klimb.models.products import laid_out_product
 
 ROWS = 512
@@ -95,6 +96,8 @@ def token_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, rows: int | No
     rows = rows or (CPU_ROWS if hidden.device.type == "cpu" else ROWS)
     if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and head.softcap is None:
         return _FrozenHead.apply(hidden, tokens, head, rows)
+    if torch.is_grad_enabled() and not head.frozen and _has_loops(head, hidden):
+        return _TrainedHead.apply(hidden, head.weight, head.bias, tokens, rows)
     parts = [_log_prob(head, h, t) for h, t in zip(hidden.split(rows), tokens.split(rows), strict=True)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -130,7 +133,24 @@ def _start(hidden: Tensor) -> _Sum:
 
 def _after(block: Head, hidden: Tensor, tokens: Tensor, before: _Sum) -> _Sum:
     """One block further."""
-    return _onward(before, block._logits(hidden), tokens)[0]
+    return _further(block, hidden, tokens, before)[0]
+
+
+def _has_loops(head: Head, hidden: Tensor) -> bool:
+    """True where the sums over a block are one compiled loop: of logits that nothing more is done to."""
+    return head.scale == 1.0 and head.softcap is None and cpu_kernels.usable(hidden, head.weight)
+
+
+def _further(
+    block: Head, hidden: Tensor, tokens: Tensor, before: _Sum, *, keep: bool = False
+) -> tuple[_Sum, Tensor, Tensor]:
+    """One block further; also exp(logits - largest) [n, v], if it is to be kept, and what all sums before were multiplied by [n]."""
+    if not _has_loops(block, hidden):
+        return _onward(before, block._logits(hidden), tokens)
+    logits = torch.nn.functional.linear(hidden, block.weight, block.bias).detach()
+    largest, total, chosen = before.largest.clone(), before.total.clone(), before.chosen.clone()
+    factor = cpu_kernels.absorb(logits, tokens, largest, total, chosen, before.seen, keep=keep)
+    return _Sum(before.seen + len(block.weight), largest, total, chosen), logits, factor
 
 
 def _onward(before: _Sum, logits: Tensor, tokens: Tensor) -> tuple[_Sum, Tensor, Tensor]:
@@ -161,7 +181,7 @@ class _FrozenHead(torch.autograd.Function):
             found = _start(states)
             mean = found.total.new_zeros(states.shape)  # sum of mass times the head's rows
             for block in blocks:
-                found, mass, factor = _onward(found, block._logits(states), ids)
+                found, mass, factor = _further(block, states, ids, found, keep=True)
                 mean = mean.mul_(factor[:, None]).add_(mass.to(head.weight.dtype) @ block.weight)
             values.append(found.chosen - found.total.log())
             mean.div_(found.total[:, None])
@@ -174,3 +194,45 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """token_log_prob where the head is differentiated too, by compiled loops: a block's logits are formed once more going back."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, rows: int
+    ) -> Tensor:
+        values, levels = [hidden.new_zeros(0, dtype=torch.float32)], []
+        for states, ids in zip(hidden.split(rows), tokens.split(rows), strict=True):
+            found = _start(states)
+            for block in Head(weight, bias).blocks():
+                found = _after(block, states, ids, found)
+            values.append(found.chosen - found.total.log())
+            levels.append(found.largest + found.total.log())
+        ctx.save_for_backward(hidden, weight, bias, tokens, *levels)
+        ctx.rows = rows
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        hidden, weight, bias, tokens, *levels = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        to_bias = None if bias is None else torch.zeros_like(bias)
+        for i, level in enumerate(levels):
+            piece, seen = slice(i * ctx.rows, (i + 1) * ctx.rows), 0
+            states, ids, g = hidden[piece], tokens[piece], upstream[piece, None]
+            grown = torch.zeros_like(states, dtype=level.dtype)
+            for block in Head(weight, bias).blocks():
+                here = slice(seen, seen := seen + len(block.weight))
+                inner = (block._logits(states) - level[:, None]).exp_().mul_(-g)
+                own = (ids >= here.start) & (ids < here.stop)
+                inner[own, ids[own] - here.start] += g[own, 0]
+                inner = inner.to(weight.dtype)
+                grown += inner @ block.weight
+                to_weight[here] += inner.t() @ states
+                if to_bias is not None:
+                    to_bias[here] += inner.sum(0)
+            to_hidden[piece] = grown
+        return to_hidden, to_weight, to_bias, None, None

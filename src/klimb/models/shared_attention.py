@@ -13,10 +13,13 @@ more from `log_sum`, so that nothing of their size is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from klimb.models import cpu_kernels
+from klimb.models.cpu_kernels import Window
 
 STEPS = 64
 """queries of a row that are looked at together: their weights stay in the processor's cache, and what comes after them all is left out"""
@@ -32,6 +35,7 @@ class Block:
         places: [n] the places of the grid that hold a token, in the order in which they are packed; None if all do.
         causal: [n, n] 0 where a step of a window (row) sees another (column) of its own row, else -inf.
         unseen: [P, 1, 1, 1, L] 0 for the prompt's tokens, -inf for its padding; None if there is none.
+        prompts: [P] tokens of each prompt.
     """
 
     index: Tensor
@@ -39,6 +43,7 @@ class Block:
     places: Tensor | None
     causal: Tensor
     unseen: Tensor | None
+    prompts: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,20 +74,21 @@ def laid_out(
         rows: [P][G] tokens of each completion that are read (all but its last).
         device: where attention is computed.
     """
-    prompt = _block([[n] for n in prompts], 0, device)
+    lengths = torch.tensor(prompts, device=device)
+    prompt = _block([[n] for n in prompts], 0, lengths)
     if max((n for row in rows for n in row), default=0) == 0:
         return Layout(prompt, None)
-    own = _block(rows, sum(prompts), device)
+    own = _block(rows, sum(prompts), lengths)
     longest = max(prompts)
     unseen = None
     if min(prompts) < longest:
-        beyond = torch.arange(longest) >= torch.tensor(prompts)[:, None]
-        unseen = torch.zeros(beyond.shape).masked_fill(beyond, -torch.inf)[:, None, None, None].to(device)
-    return Layout(prompt, Block(own.index, own.here, own.places, own.causal, unseen))
+        beyond = torch.arange(longest, device=device) >= lengths[:, None]
+        unseen = torch.zeros(beyond.shape, device=device).masked_fill(beyond, -torch.inf)[:, None, None, None]
+    return Layout(prompt, replace(own, unseen=unseen))
 
 
-def _block(rows: Sequence[Sequence[int]], start: int, device: torch.device | str) -> Block:
-    lengths = torch.tensor(rows)
+def _block(rows: Sequence[Sequence[int]], start: int, prompts: Tensor) -> Block:
+    lengths, device = torch.tensor(rows), prompts.device
     width = int(lengths.max())
     step = torch.arange(width)
     here = step < lengths[..., None]
@@ -92,7 +98,9 @@ def _block(rows: Sequence[Sequence[int]], start: int, device: torch.device | str
     near = step[:STEPS]
     causal = torch.zeros(len(near), len(near)).masked_fill(near[:, None] < near, -torch.inf)
     places = None if whole else here.flatten().nonzero()[:, 0].to(device)
-    return Block(index.to(device), None if whole else here.to(device), places, causal.to(device), None)
+    return Block(
+        index.to(device), None if whole else here.to(device), places, causal.to(device), None, prompts
+    )
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention [P, K, G, n * H/K, w] of a window of n steps, and the log of the sum of the weights."""
     q, value = query[..., _asked_at(steps, query, key), :], value[..., : steps.stop, :]
+    if cpu_kernels.usable(q):
+        weights = torch.matmul(q, key[..., : steps.stop, :].transpose(-2, -1))
+        before = _products_with_prompt(q, prompt[0].key) if prompt else None
+        log_sum = cpu_kernels.soften(weights, before, _window(query, key, block, steps), scale)
+        out = weights @ value
+        if before is not None:
+            out += (before.flatten(2, 3) @ prompt[0].value[:, :, 0]).view_as(out)
+        return out, log_sum
     weights = _scores(q, key, block, steps, scale)
     largest = weights.amax(-1, keepdim=True)
     before = _scores_of_prompt(q, prompt[0].key, block, scale) if prompt else None
@@ -194,16 +210,17 @@ def attend_backward(
         for steps in _windows(block):
             here, said = _asked_at(steps, own.query, own.key), slice(steps.stop)
             asked, log_sum, up, at = (x[..., here, :] for x in (own.query, own.log_sum, g, level))
-            weights = _scores(asked, own.key, block, steps, scale).sub_(log_sum).exp_()
+            window = _window(own.query, own.key, block, steps)
+            weights = _weights(asked, own.key, log_sum, block, window, scale)
             to_value[..., said, :] += weights.transpose(-2, -1) @ up
-            inner = (up @ own.value[..., said, :].transpose(-2, -1)).sub_(at).mul_(weights).mul_(scale)
+            inner = _inner(up @ own.value[..., said, :].transpose(-2, -1), weights, at, scale)
             part = inner @ own.key[..., said, :]
             to_key[..., said, :] += inner.transpose(-2, -1) @ asked
             if own is not prompt:
                 key, value = prompt.key[:, :, 0], prompt.value[:, :, 0]
-                weights = _scores_of_prompt(asked, prompt.key, block, scale).sub_(log_sum).exp_()
+                weights = _weights_of_prompt(asked, prompt.key, log_sum, block, window, scale)
                 up, weights, at, asked = (x.flatten(2, 3) for x in (up, weights, at, asked))
-                inner = (up @ value.transpose(-2, -1)).sub_(at).mul_(weights).mul_(scale)
+                inner = _inner(up @ value.transpose(-2, -1), weights, at, scale)
                 part += (inner @ key).view_as(part)
                 to_keys[0][:, :, 0] += inner.transpose(-2, -1) @ asked
                 to_values[0][:, :, 0] += weights.transpose(-2, -1) @ up
@@ -256,6 +273,45 @@ def _scores(query: Tensor, key: Tensor, block: Block, steps: slice, scale: float
 
 def _scores_of_prompt(query: Tensor, key: Tensor, block: Block, scale: float) -> Tensor:
     """[P, K, G, T * H/K, L] over the prompt's tokens."""
-    score = torch.matmul(query.flatten(2, 3), key[:, :, 0].transpose(-2, -1)).mul_(scale)
-    score = score.view(*query.shape[:-1], key.shape[-2])
+    score = _products_with_prompt(query, key).mul_(scale)
     return score if block.unseen is None else score.add_(block.unseen)
+
+
+def _products_with_prompt(query: Tensor, key: Tensor) -> Tensor:
+    score = torch.matmul(query.flatten(2, 3), key[:, :, 0].transpose(-2, -1))
+    return score.view(*query.shape[:-1], key.shape[-2])
+
+
+def _window(query: Tensor, key: Tensor, block: Block, steps: slice) -> Window:
+    """What the compiled loops are told of a window of steps; [P, K, G, T * H/K, w] all queries, [P, K, G, T, w] all keys."""
+    groups, count = query.shape[3] // key.shape[3], steps.stop - steps.start
+    per_prompt = query.shape[1] * query.shape[2] * count * groups
+    return Window(groups, count, steps.start, per_prompt, block.prompts)
+
+
+def _weights(
+    query: Tensor, key: Tensor, log_sum: Tensor, block: Block, window: Window, scale: float
+) -> Tensor:
+    """The weights of a window's queries over the row's own tokens, once more, from the log of their sum."""
+    steps = slice(window.start, window.start + window.steps)
+    if not cpu_kernels.usable(query):
+        return _scores(query, key, block, steps, scale).sub_(log_sum).exp_()
+    scores = torch.matmul(query, key[..., : steps.stop, :].transpose(-2, -1))
+    return cpu_kernels.reweigh(scores, log_sum.contiguous(), window, scale)
+
+
+def _weights_of_prompt(
+    query: Tensor, key: Tensor, log_sum: Tensor, block: Block, window: Window, scale: float
+) -> Tensor:
+    """The same over the prompt's tokens."""
+    if not cpu_kernels.usable(query):
+        return _scores_of_prompt(query, key, block, scale).sub_(log_sum).exp_()
+    scores = _products_with_prompt(query, key)
+    return cpu_kernels.reweigh(scores, log_sum.contiguous(), window, scale, of_prompt=True)
+
+
+def _inner(g: Tensor, weights: Tensor, common: Tensor, scale: float) -> Tensor:
+    """The gradient of the scores, given that of the weights, which is used up."""
+    if not cpu_kernels.usable(g):
+        return g.sub_(common).mul_(weights).mul_(scale)
+    return cpu_kernels.soften_backward(g, weights, common.contiguous(), scale)
