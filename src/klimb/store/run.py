@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from klimb.models.compiled import library
 from klimb.nearest import nearest_run
 from klimb.store.parts import unfinished
 from klimb.store.whole import as_yaml, clear_interrupted, remove_whole, write_json, write_yaml
@@ -149,12 +150,13 @@ def undo_run(run: str | Path) -> None:
 
 
 def environment(*, seed: int | None = None, reward_hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What a run depended on: versions, git revision of the current folder, seed, hashes of reward code."""
+    """What a run depended on: versions, compiled loops of a CPU or torch's own, git revision of the current folder, seed, hashes of reward code."""
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
+        "compiled_loops": library() is not None,
         "git_revision": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain")),
         "seed": seed,
