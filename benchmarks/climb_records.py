@@ -119,7 +119,7 @@ def tables(records, methods, seed):
         parts += [
             _heading(here[0]),
             equal_budgets(of_best(here, methods, seed, last_gap), methods),
-            time_to_half(of_best(here, methods, seed, seconds_to_half), methods),
+            time_to_close(of_best(here, methods, seed, seconds_to_half), methods),
         ]
     return "\n\n".join(parts)
 
@@ -144,26 +144,37 @@ def equal_budgets(runs, methods):
     return "\n".join(lines)
 
 
-def time_to_half(runs, methods):
-    """Seconds and tokens until half the gap is closed, and how many times as long as klimb's best a peer takes."""
-    seconds = {method: [seconds_to_half(r) for r in rs] for method, rs in runs.items()}
-    middle = {method: statistics.median(values) for method, values in seconds.items()}
-    ours = min((x for method, x in middle.items() if "trl" not in method), default=math.inf)
-    lines = [
-        "| | seconds to half the gap | tokens | seconds a step | times klimb's best | rate |",
-        "|---" * 6 + "|",
-    ]
+def time_to_close(runs, methods):
+    """Seconds until a third and half of the gap are closed, and how many times as long as klimb's best a peer takes."""
+    names = {1 / 3: "a third", HALF: "half"}
+    heads = " | ".join(f"seconds to {name} of the gap | times klimb's best" for name in names.values())
+    lines = [f"| | {heads} | tokens to half | seconds a step | rate |", "|---" * 8 + "|"]
+    seconds = {
+        share: {m: [until_closed(r["checkpoints"], "seconds", share) for r in rs] for m, rs in runs.items()}
+        for share in names
+    }
     for method, rs in runs.items():
         longest = max(r["checkpoints"][-1]["seconds"] for r in rs)
+        cells = [
+            f"{spread(found[method], 0, within=longest)} | {_ratio(found, method, longest)}"
+            for found in seconds.values()
+        ]
         tokens = [until_closed(r["checkpoints"], "tokens") for r in rs]
-        each = [_seconds_a_step(r) for r in rs]
-        at_least = "" if math.isfinite(middle[method]) else "> "
-        ratio = (middle[method] if math.isfinite(middle[method]) else longest) / ours
+        each = spread([_seconds_a_step(r) for r in rs], 2)
         lines.append(
-            f"| {methods[method]} | {spread(seconds[method], 0, within=longest)} | {spread(tokens, 0)} | "
-            f"{spread(each, 2)} | {at_least}{ratio:.2g} | {rs[0]['rate']:g} |"
+            f"| {methods[method]} | {' | '.join(cells)} | {spread(tokens, 0)} | {each} | {rs[0]['rate']:g} |"
         )
     return "\n".join(lines)
+
+
+def _ratio(seconds, method, longest):
+    """How many times as long as klimb's best, at least so many where it never came there; nothing where klimb never did."""
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    ours = min((x for name, x in middle.items() if "trl" not in name), default=math.inf)
+    if math.isinf(ours):
+        return ""
+    there = math.isfinite(middle[method])
+    return f"{'' if there else '> '}{(middle[method] if there else longest) / ours:.2g}"
 
 
 def spread(values, digits=3, *, within=None):

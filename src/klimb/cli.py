@@ -83,7 +83,7 @@ def plan_train_climb_(
         raise ValueError(
             "plan: got --profile, which looks at the steps of a training; use it with train or climb"
         )
-    settings = _settings(ctx.args, config, resume)
+    settings = _settings(ctx, config, resume)
     if dry_run:
         return _print_config(settings)
     if nproc is not None and nproc > 1:
@@ -144,7 +144,7 @@ def measure_(
     json_: Json = False,
 ) -> None:
     """Certify how far a policy is from the best (or audit a reward model): klimb measure RUN, or -c FILE --policy FOLDER, of which nothing is written. Killed, it goes on when typed again."""
-    path, settings = _run_or_config(ctx.args, config)
+    path, settings = _run_or_config(ctx, config)
     if dry_run:
         return _print_config(settings)
     if path is None and policy is None:
@@ -186,7 +186,7 @@ def sample_(
     json_: Json = False,
 ) -> None:
     """Draw completions of the held-out prompts without training: klimb sample RUN, or -c FILE. Killed, it goes on when typed again."""
-    path, settings = _run_or_config(ctx.args, config)
+    path, settings = _run_or_config(ctx, config)
     folder = policy
     if folder is None and path is not None and (path / "policy").is_dir():
         folder = path / "policy"
@@ -270,12 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _settings(arguments: Sequence[str], config: Path | None, resume: Path | None) -> Config:
+def _settings(ctx: typer.Context, config: Path | None, resume: Path | None) -> Config:
     from klimb.config import load
 
     if resume is None:
-        return load(config, arguments)
-    if config is not None or arguments:
+        return load(config, ctx.args, others=_own_options(ctx))
+    if config is not None or ctx.args:
         raise ValueError(
             f"--resume {resume} goes on with the run's own configuration; leave the other options out"
         )
@@ -312,7 +312,7 @@ def _again(settings: Config, resume: Path | None) -> tuple[Config, bool]:
     return settings, resume is not None
 
 
-def _of_run(run: Path, arguments: Sequence[str]) -> Config:
+def _of_run(run: Path, arguments: Sequence[str], own: Sequence[str] = ()) -> Config:
     from klimb.config import load
 
     if not (run / "config.yaml").is_file():
@@ -321,20 +321,30 @@ def _of_run(run: Path, arguments: Sequence[str]) -> Config:
         raise ValueError(
             f"{run}: holds no run{nearest_run(run)}; expected the output_dir of a run that was started"
         )
-    return load(run / "config.yaml", [*arguments, "--output_dir", str(run)])
+    return load(run / "config.yaml", [*arguments, "--output_dir", str(run)], others=own)
 
 
-def _run_or_config(arguments: Sequence[str], config: Path | None) -> tuple[Path | None, Config]:
+def _run_or_config(ctx: typer.Context, config: Path | None) -> tuple[Path | None, Config]:
     """The directory of a run if the first argument is one, and the configuration of it or of a file."""
     from klimb.config import load
 
+    arguments, own = ctx.args, _own_options(ctx)
     # no typer argument: with options of any name let through, it would take an option's name for itself
     run = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
     if config is None and not arguments:
         raise ValueError("expected the directory of a run, or -c FILE")
     if run is not None and config is not None:
         raise ValueError(f"got the run {run} and -c {config}, expected one of them")
-    return (None, load(config, arguments)) if run is None else (run, _of_run(run, arguments[1:]))
+    return (
+        (None, load(config, arguments, others=own))
+        if run is None
+        else (run, _of_run(run, arguments[1:], own))
+    )
+
+
+def _own_options(ctx: typer.Context) -> list[str]:
+    """Names of the options that are the command's own, and not of the configuration."""
+    return [option[2:] for one in ctx.command.params for option in one.opts if option.startswith("--")]
 
 
 def _print_config(settings: Config) -> None:

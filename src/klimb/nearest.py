@@ -35,7 +35,8 @@ def nearest_file(path: Path) -> str:
     """The same for a file that is not there, from the names in its folder; or that there is no such folder either."""
     if not path.parent.is_dir():
         return f": there is no folder {path.parent} either"
-    return nearest(path.name, (p.name for p in path.parent.iterdir()))
+    folder = "" if path.parent == Path() else f"{path.parent}/"
+    return nearest(path.name, (p.name for p in path.parent.iterdir()), prefix=folder)
 
 
 def nearest_run(path: Path) -> str:

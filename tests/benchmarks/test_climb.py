@@ -133,12 +133,17 @@ def test_the_tables_say_what_the_records_say(records_of):
     budgets, times = by_name["ours"]
     assert budgets[:3] == ["0.900 [0.900, 0.900]", "0.100 [0.100, 0.100]", "0.750 [0.750, 0.750]"]
     assert budgets[3:] == [*budgets[:3], "0.001"]  # all of it in 120 s
-    assert times == ["112 [110, 115]", "1250 [1000, 1500]", "1.00 [1.00, 1.00]", "1", "0.001"]
+    assert times[:4] == ["109 [107, 112]", "1", "112 [110, 115]", "1"]
+    assert times[4:] == ["1250 [1000, 1500]", "1.00 [1.00, 1.00]", "0.001"]
     budgets, times = by_name["theirs"]
     assert budgets[:3] == ["0.800", "0.200", "0.500"]
     assert budgets[3:6] == ["0.640", "0.360", "0.100"]  # 120 s are two fifths of the way to step 10
-    assert times == ["600", "2000", "30.00", "5.3", "0.001"]
-    assert by_name["other"][1] == ["not in 800", "never", "40.00", "> 7.1", "0.001"]
+    assert times == ["400", "3.7", "600", "5.3", "2000", "30.00", "0.001"]
+    assert by_name["other"][1] == ["not in 800", "> 7.3", "not in 800", "> 7.1", "never", "40.00", "0.001"]
+    slow = [record("klimb_x", [0.4, 0.3]), record("trl_x", [0.4, 0.3], pace=30)]
+    assert "not in 100 |  | not in 100 |  | never" in records_of.tables(
+        slow, {"klimb_x": "ours", "trl_x": "theirs"}, 0
+    )  # against nothing no ratio
     assert "gap at 2000 tokens" in text
     assert "gap at 120 seconds" in text
 

@@ -78,7 +78,7 @@ def test_reading_jsonl_loads_neither_datasets_nor_pyarrow():
 
 GOOD = '{"prompt": "a", "split": "train"}\n'
 BAD = {  # file, content, options, what the message must say
-    "missing file": ("review.jsonl", None, {}, r"no such file \(did you mean 'reviews.jsonl'\?\)"),
+    "missing file": ("review.jsonl", None, {}, r"no such file \(did you mean '.*reviews.jsonl'\?\)"),
     "missing folder": ("nowhere/x.csv", None, {}, r"no such file: there is no folder .*nowhere either"),
     "neither file nor data set": ("reviews.txt", None, {}, r"no file of this name .*and as a data set: "),
     "unknown ending": ("p.yaml", "a: 1", {}, r"ending in '.yaml', expected one of .jsonl, .csv, .parquet"),

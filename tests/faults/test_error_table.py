@@ -413,7 +413,7 @@ CASES = [
         "a context that is not there",
         {**TEACHER, "target.kind": "context", "target.context_file": "rewards.pi"},
         None,
-        ["rewards.pi", "no such file", "did you mean 'rewards.py'"],
+        ["rewards.pi", "no such file", "rewards.py'?"],
     ),
     ("a context past the model's", {**TAUGHT, "target.context": "good " * 70}, None, ["context of 64"]),
     (
@@ -623,7 +623,10 @@ def test_bad_yaml_is_named_by_line_and_keys_by_their_neighbours(klimb, tmp_path)
     ]:
         file.write_text(text)
         refused(klimb("climb", "-c", file), words)
-    refused(klimb("climb", "-c", tmp_path / "rum.yaml"), ["no such file", "did you mean 'run.yaml'"])
+    refused(
+        klimb("climb", "-c", tmp_path / "rum.yaml"),
+        ["no such file", f"did you mean '{tmp_path / 'run.yaml'}'"],
+    )
     refused(klimb("climb", file), [f"expected -c {file}"])
 
 
@@ -784,6 +787,13 @@ def test_hyphens_and_underscores_are_the_same(klimb, planned):
         status, out, err = klimb("sample", planned, option, "2", "--limit", "1", "--json")
         assert status == 0, err
         assert json.loads(out)["draws"] == 2
+
+
+def test_a_commands_own_option_is_the_nearest_too(klimb, planned):
+    refused(
+        klimb("sample", planned, "--num-drawz", "2"), ["no option --num_drawz", "did you mean '--num_draws'?"]
+    )
+    refused(klimb("measure", planned, "--quite", "1"), ["no option --quite", "did you mean '--quiet'?"])
 
 
 def test_more_prompts_than_there_are(klimb, planned):

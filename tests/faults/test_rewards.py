@@ -199,7 +199,7 @@ def test_draws_without_texts_and_reserved_columns():
 
 
 LOADING = {  # spec (folder filled in), what the message must say
-    "missing file": ("{0}/mien.py:reward", r"mien.py: no such file \(did you mean 'mine.py'\?\)"),
+    "missing file": ("{0}/mien.py:reward", r"mien.py: no such file \(did you mean '.*/mine.py'\?\)"),
     "missing folder": ("{0}/no/mine.py:reward", r"no such file: there is no folder .*no either"),
     "missing function": ("{0}/mine.py:rewrad", r"has no 'rewrad' \(did you mean 'reward'\?\)"),
     "no function": ("{0}/mine.py", r"mine.py: got a file, expected a function in it: .*mine.py:function"),

@@ -1,5 +1,6 @@
 """The compiled loops of a CPU give what the formulas give, for widths that fill no register and rows that fill no thread."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -152,6 +153,26 @@ def test_a_token_is_chosen_as_by_torch(dtype, vocabulary, random, monkeypatch):
     assert not (token == by_torch.roll(1)).float().mean() > 0.9  # the mutant: another row's
 
 
+def test_numbers_of_other_kinds_and_strides_do_as_well(random):
+    logits = torch.randn(6, 40, generator=random)
+    uniform = torch.rand(6, generator=random)
+    wanted = cpu_kernels.choose(logits, uniform.double())
+    for given in (uniform, torch.stack([uniform, uniform], 1)[:, 0]):
+        assert all(torch.equal(a, b) for a, b in zip(cpu_kernels.choose(logits, given), wanted, strict=True))
+    head, hidden = logprob.Head(torch.randn(40, 8, generator=random)), torch.randn(6, 8, generator=random)
+    tokens = torch.randint(40, (6,), generator=random)
+    for given in (tokens.int(), torch.stack([tokens, tokens], 1)[:, 1]):
+        assert torch.equal(
+            logprob.token_log_prob(hidden, head, given), logprob.token_log_prob(hidden, head, tokens)
+        )
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert cpu_kernels.norm(logits, torch.ones(40, dtype=torch.float32), 1e-5)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_what_is_not_a_number_stays_none(random):
     x = torch.randn(2, 40, generator=random).to(torch.bfloat16)
     x[0, 3] = torch.nan
@@ -236,19 +257,80 @@ def test_without_a_compiler_there_is_no_library(monkeypatch):
     assert compiled.library.__wrapped__() is None
 
 
-def test_a_compiler_that_fails_is_named_and_leaves_nothing(monkeypatch, tmp_path):
+FAILING = {
+    "it refuses": "[ \"$2\" = --version ] || { echo 'fatal error: no such thing' >&2; exit 1; }",
+    "it makes nothing of use": 'for last; do :; done; [ "$last" = --version ] || echo nothing > "$last"',
+}
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_a_compiler_that_fails_is_named(how, monkeypatch, tmp_path):
     broken = tmp_path / "c++"
-    broken.write_text(
-        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'fatal error: no such thing' >&2\nexit 1\n"
-    )
+    broken.write_text(f"#!/bin/sh\n{FAILING[how]}\n")
     broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("CXX", f"{broken} -v")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.warns(
-        UserWarning, match=r"could not compile.*no such thing.*about half the speed.*KLIMB_CPU_KERNELS=0"
-    ):
+    with pytest.warns(UserWarning, match=r"could not be compiled.*about half the speed.*KLIMB_CPU_KERNELS=0"):
         assert compiled.library.__wrapped__() is None
-    assert list((tmp_path / "cache" / "klimb").iterdir()) == []
+    if how == "it refuses":
+        assert list((tmp_path / "cache" / "klimb").iterdir()) == []
+
+
+def test_a_program_that_cannot_be_run_is_named_too(monkeypatch, tmp_path):
+    (tmp_path / "c++").write_text("")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.warns(UserWarning, match="Exec format error"):
+        assert compiled.library.__wrapped__() is None
+
+
+def test_a_name_that_stays_unknown_is_found_when_it_is_linked(monkeypatch, tmp_path):
+    """As of another compiler's OpenMP."""
+    target = tmp_path / "kernels.so"
+    source = b'extern "C" void of_another_openmp(); extern "C" void f() { of_another_openmp(); }'
+    with pytest.raises(RuntimeError, match="of_another_openmp"):
+        compiled._compile(["g++"], source, compiled._openmp(), target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_library_is_made_anew(tmp_path):
+    """In processes of their own: one that has loaded a library is given it again whatever the file says."""
+    command = [
+        sys.executable,
+        "-c",
+        "from klimb.models.compiled import library; print(library() is not None)",
+    ]
+
+    def began():
+        done = subprocess.run(
+            command,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout, done.stderr
+
+    assert began() == ("True\n", "")
+    (kept,) = (tmp_path / "klimb").iterdir()
+    size = kept.stat().st_size
+    kept.write_bytes(b"torn")
+    assert began() == ("True\n", "")
+    assert kept.stat().st_size == size
+
+
+def test_it_is_kept_where_nobody_else_can_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert compiled._cache() == tmp_path / "cache" / "klimb"
+    compiled._cache().chmod(0o777)
+    monkeypatch.delenv("HOME")
+    mine = compiled._cache()
+    assert mine.parent == tmp_path
+    assert mine.stat().st_mode & 0o077 == 0
+    mine.chmod(0o770)
+    with pytest.raises(OSError, match="only you can write into"):
+        compiled._cache()
 
 
 def test_compiled_once_and_kept(monkeypatch, tmp_path):

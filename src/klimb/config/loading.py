@@ -16,12 +16,15 @@ from klimb.nearest import nearest, nearest_file
 from klimb.rewards.builtin import BUILTIN, parted
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, others: Iterable[str] = ()
+) -> Config:
     """Read a YAML file, then options of the command line over it.
 
     Args:
         path: the file, or None for options alone.
         overrides: `["--learning_rate", "1e-3", "--family.r=8"]`; hyphens count as underscores.
+        others: options of the command itself, of which a misspelt one may have been meant.
 
     Returns:
         The configuration, with files it names resolved: from the current folder, or if they are not there, from the
@@ -41,7 +44,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     """
     base = {} if path is None else read_yaml(Path(path))
     arguments = [_underscored(argument) for argument in overrides]
-    _check_names(arguments)
+    _check_names(arguments, others)
     where = " and ".join([*([] if path is None else [str(path)]), *(["command line"] if overrides else [])])
     config = _validated(base, arguments, where=where or "command line")
     return config if path is None else _found(config, Path(path).parent)
@@ -109,11 +112,11 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
 NAMES = tuple(dict.fromkeys(_names(Config)))
 
 
-def _meant(name: str, prefix: str = "") -> str:
+def _meant(name: str, prefix: str = "", others: Iterable[str] = ()) -> str:
     """The end of a message about an option that does not exist."""
     if name in OF_TRL:
         return f" (TRL's name; here '{prefix}{OF_TRL[name]}', see docs/from_trl.md)"
-    return nearest(name, NAMES, prefix=prefix)
+    return nearest(name, [*NAMES, *others], prefix=prefix)
 
 
 def _names_in(found: Mapping[str, Any]) -> Iterable[str]:
@@ -128,7 +131,7 @@ def _underscored(argument: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
-def _check_names(arguments: Sequence[str]) -> None:
+def _check_names(arguments: Sequence[str], others: Iterable[str]) -> None:
     words = iter(arguments)
     for word in words:
         if not word.startswith("--"):
@@ -138,7 +141,8 @@ def _check_names(arguments: Sequence[str]) -> None:
             raise ValueError(f"command line: got {word!r}, expected {meant}")
         name, equals, _ = word[2:].partition("=")
         if name not in NAMES:
-            raise ValueError(f"command line: no option --{name}{_meant(name, '--')}; klimb schema lists them")
+            meant = _meant(name, "--", others)
+            raise ValueError(f"command line: no option --{name}{meant}; klimb schema lists them")
         value = "" if equals else next(words, None)
         if value is None or value.startswith("--"):
             raise ValueError(f"command line: {word} has no value; expected {word} VALUE")

@@ -1,16 +1,18 @@
 """The loops of `cpu_kernels.cpp` as a library, compiled once for a machine by the C++ compiler that is there.
 
 Kept in the user's cache under a name made of the source, the compiler and the processor, so another of these compiles anew. On
-Linux with g++ or clang (or what the variable CXX names) and the OpenMP that torch has loaded: a second one beside it would bring
+Linux with g++ (or what the variable CXX names) and the OpenMP that torch has loaded, which is GCC's: a second one beside it would bring
 threads of its own. Without any of these there is no library, and torch's operations do the same work more slowly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,33 +29,42 @@ SWITCH = "KLIMB_CPU_KERNELS"
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loops, or None where there is no compiler; a compiler that fails is warned of."""
+    """The compiled loops, or None where there is no compiler; where one fails, or nothing can be kept or loaded, that is said once."""
     compiler, openmp = _compiler(), _openmp()
     if os.environ.get(SWITCH) == "0" or compiler is None or openmp is None:
         return None
+    try:
+        return _loaded(compiler, openmp)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"klimb's loops could not be compiled for this processor by {compiler[0]} ({error}); drawing and training on the "
+            f"CPU go on without them, at about half the speed. Set CXX to a g++ that works, or {SWITCH}=0 to "
+            "say that this is meant",
+            stacklevel=2,
+        )
+        return None
+
+
+def _loaded(compiler: list[str], openmp: Path) -> ctypes.CDLL:
     source = files("klimb.models").joinpath("cpu_kernels.cpp").read_bytes()
-    command = [compiler, *_flags()]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (source, version, _processor(), str(openmp).encode(), " ".join(command).encode())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24] + ".so"
-    folder = _cache()
-    if not (folder / name).exists():
-        failure = _compile(command, source, openmp, folder / name)
-        if failure:
-            warnings.warn(
-                f"{compiler} could not compile klimb's loops for this processor ({failure}); drawing and training on the "
-                f"CPU go on without them, at about half the speed. Set CXX to another compiler, or {SWITCH}=0 to "
-                "say that this is meant",
-                stacklevel=2,
-            )
-            return None
-    return ctypes.CDLL(str(folder / name))
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    parts = (source, version, _processor(), str(openmp).encode(), " ".join([*compiler, *_flags()]).encode())
+    target = _cache() / (hashlib.sha256(b"\0".join(parts)).hexdigest()[:24] + ".so")
+    if target.exists():
+        try:
+            return ctypes.CDLL(str(target))
+        except OSError:  # torn, or of a machine that shares this home: made anew, once
+            target.unlink()
+    _compile(compiler, source, openmp, target)
+    return ctypes.CDLL(str(target))
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    found = [shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])]
-    return next((path for path in found if path), None) if platform.system() == "Linux" else None
+def _compiler() -> list[str] | None:
+    """The command that compiles, without options."""
+    if platform.system() != "Linux":
+        return None
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return command if shutil.which(command[0]) else None
 
 
 def _openmp() -> Path | None:
@@ -79,28 +90,40 @@ def _processor() -> bytes:
 
 
 def _cache() -> Path:
-    """A folder of the user's alone, kept if there can be one."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "klimb"
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="klimb-"))
-    mine = home.stat().st_uid == os.getuid() and os.access(home, os.W_OK | os.X_OK)
-    return home if mine else Path(tempfile.mkdtemp(prefix="klimb-"))
+    """A folder that nobody else can write into."""
+    named, home = os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME")
+    kept = [*([Path(named)] if named else []), *([Path(home) / ".cache"] if home else [])]
+    for folder in [
+        *(place / "klimb" for place in kept),
+        Path(tempfile.gettempdir()) / f"klimb-{os.getuid()}",
+    ]:
+        with contextlib.suppress(OSError):  # the next one may do
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            seen = folder.stat()
+            if seen.st_uid == os.getuid() and not seen.st_mode & 0o022:
+                return folder
+    raise OSError("there is no folder to keep them in that only you can write into, such as ~/.cache/klimb")
 
 
-def _compile(command: list[str], source: bytes, openmp: Path, target: Path) -> str:
-    """Write the library, whole or not at all; what went wrong, empty if nothing did."""
+def _compile(compiler: list[str], source: bytes, openmp: Path, target: Path) -> None:
+    """Write the library, whole or not at all.
+
+    Raises:
+        RuntimeError: the compiler refuses, in its words.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         text, part, whole = (Path(folder) / name for name in ("kernels.cpp", "kernels.o", "kernels.so"))
         text.write_bytes(source)
         for step in (
-            [*command, "-c", str(text), "-o", str(part)],
-            [command[0], "-shared", str(part), str(openmp), "-o", str(whole)],
+            [*compiler, *_flags(), "-c", str(text), "-o", str(part)],
+            # a name that stays unknown, such as another OpenMP's, is a mistake here and not when it is loaded
+            [*compiler, "-shared", "-Wl,-z,defs", str(part), str(openmp), "-lm", "-o", str(whole)],
         ):
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-                return next((line for line in lines if "error" in line), lines[-1])[:200]
-        whole.replace(target)
-    return ""
+                telling = (line for line in lines if "error" in line or "undefined" in line)
+                raise RuntimeError(next(telling, lines[-1])[:200])
+        if not target.exists():
+            whole.replace(target)

@@ -52,7 +52,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, plus: Tensor | None = None) -> t
     """(x + plus) at unit mean square times the weight [N, D]; what it was multiplied by [N, 1]; and the sum [N, D]."""
     x, plus = x.contiguous(), None if plus is None else plus.contiguous()
     total = x if plus is None else torch.empty_like(x)
-    out, size = torch.empty_like(x), torch.empty(len(x), 1)
+    out, size = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
     _call("norm", x.dtype, x, plus, weight, total, out, size, *x.shape, eps)
     return out, size, total
 
@@ -133,6 +133,7 @@ def attend_token(
         scale: what products of query and key are multiplied by.
     """
     rows, count, width = heads.shape
+    assert written <= own[1].shape[2]
     kv, longest, tiles = own[0].shape[1], prompts[1].shape[2], own[0].shape[2]
     out = heads.new_empty(rows, (count - 2 * kv) * width)
     sizes = (rows, count - 2 * kv, kv, width, longest, written, tiles)
@@ -148,8 +149,9 @@ def tiled(keys: Tensor) -> Tensor:
 
 def choose(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row [R] int64 by the inverse of the cumulated distribution of the logits [R, V], and its log-probability [R] float64."""
-    logits, uniform = logits.contiguous(), uniform.contiguous()
-    token, log_prob = torch.empty(len(logits), dtype=torch.int64), torch.empty_like(uniform)
+    logits, uniform = logits.contiguous(), uniform.double().contiguous()
+    assert len(uniform) == len(logits)
+    token, log_prob = torch.empty_like(uniform, dtype=torch.int64), torch.empty_like(uniform)
     _call("choose", logits.dtype, logits, uniform, token, log_prob, *logits.shape)
     return token, log_prob
 

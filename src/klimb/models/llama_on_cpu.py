@@ -24,7 +24,7 @@ def has_loops(model: Any) -> bool:
     """True if the model is Llama-like, on a CPU, of a dtype and on a machine for which there are loops."""
     if not is_llama_like(model) or not torch.backends.mkldnn.is_available():
         return False
-    return cpu_kernels.usable(model.get_input_embeddings().weight, model.get_decoder().norm.weight)
+    return cpu_kernels.usable(*model.get_decoder().parameters())
 
 
 @dataclass(frozen=True)

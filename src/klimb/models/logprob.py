@@ -93,6 +93,7 @@ def token_log_prob(hidden: Tensor, head: Head, tokens: Tensor, *, rows: int | No
         >>> token_log_prob(torch.zeros(1, 3), head, torch.tensor([2])).exp()
         tensor([0.3333])
     """
+    tokens = tokens.to(torch.int64).contiguous()
     rows = rows or (CPU_ROWS if hidden.device.type == "cpu" else ROWS)
     if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and head.softcap is None:
         return _FrozenHead.apply(hidden, tokens, head, rows)
