@@ -108,22 +108,13 @@ template <class T>
 void norm(const T* x, const T* y, const T* weight, T* total, T* out, float* size, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel for
   for (int64_t row = 0; row < rows; row++) {
-    const T* from = x + row * width;
+    const T* from = (y ? total : x) + row * width;
     Floats squares{};
-    if (y) {
-      const T* other = y + row * width;
-      T* to = total + row * width;
-      for (int64_t i = 0; i < width; i += LANES) {
-        store(to + i, load(from + i, width - i) + load(other + i, width - i), width - i);
-        Floats v = load(to + i, width - i);
-        squares += v * v;
-      }
-      from = to;
-    } else {
-      for (int64_t i = 0; i < width; i += LANES) {
-        Floats v = load(from + i, width - i);
-        squares += v * v;
-      }
+    for (int64_t i = 0; i < width; i += LANES) {
+      int64_t at = row * width + i, n = width - i;
+      if (y) store(total + at, load(x + at, n) + load(y + at, n), n);
+      Floats v = load(from + i, n);  // as it was rounded
+      squares += v * v;
     }
     float scale = 1.f / std::sqrt(sum(squares) / width + eps);
     size[row] = scale;
@@ -296,6 +287,23 @@ void gather(const float* weights, const T* values, float* out, int64_t tokens, i
   for (; i < width; i += LANES) gather<G, 1>(weights, values + i, out + i, tokens, width, room, width - i < LANES ? width - i : LANES);
 }
 
+// The largest of scale x over the first n, and of `top`.
+inline float top_of(const float* x, int64_t n, float scale, float top) {
+  Floats most = all(top);
+  for (int64_t i = 0; i < n; i += LANES) most = larger(first(load(x + i, n - i) * scale, n - i < LANES ? n - i : LANES, NONE), most);
+  return largest(most);
+}
+
+// x = exp(scale x - level) of the first n, 0 of the others; they are added to `total`.
+inline void weigh(float* x, int64_t n, int64_t columns, float scale, float level, Floats& total) {
+  for (int64_t i = 0; i < columns; i += LANES) {
+    int64_t seen = n - i < 0 ? 0 : n - i < LANES ? n - i : LANES;
+    Floats weight = seen ? first(exp(load(x + i, columns - i) * scale - level), seen, 0.f) : all(0.f);
+    total += weight;
+    store(x + i, weight, columns - i);
+  }
+}
+
 // One query a row: G heads that share keys, over a prompt's tokens and the row's own.
 template <int G, class T>
 void attend(const T* query, const T* prompt_key, const T* prompt_value, int64_t length, const T* key,
@@ -310,18 +318,11 @@ void attend(const T* query, const T* prompt_key, const T* prompt_value, int64_t 
   score<G>(queries, key, scores + tiles * LANES, own_tiles, width, room);
   float totals[G];
   for (int g = 0; g < G; g++) {
-    float* mine = scores + g * room;
-    for (int64_t t = length; t < tiles * LANES; t++) mine[t] = NONE;
-    for (int64_t t = tiles * LANES + own; t < room; t++) mine[t] = NONE;
-    Floats most = all(NONE);
-    for (int64_t t = 0; t < room; t += LANES) most = larger(load(mine + t), most);
-    float top = largest(most);
+    float *shared = scores + g * room, *mine = shared + tiles * LANES;
+    float top = top_of(mine, own, 1, top_of(shared, length, 1, NONE));
     Floats total{};
-    for (int64_t t = 0; t < room; t += LANES) {
-      Floats weight = exp(load(mine + t) - top);
-      store(mine + t, weight);
-      total += weight;
-    }
+    weigh(shared, length, tiles * LANES, 1, top, total);
+    weigh(mine, own, own_tiles * LANES, 1, top, total);
     totals[g] = sum(total);
   }
   memset(found, 0, G * width * sizeof(float));
@@ -449,24 +450,6 @@ struct Window {
   int64_t prompt(int64_t row) const { return lengths[row / per_prompt]; }
 };
 
-inline float top_of(const float* x, int64_t n, float scale, float top) {
-  Floats most = all(top);
-  for (int64_t i = 0; i < n; i += LANES) most = larger(first(load(x + i, n - i) * scale, n - i < LANES ? n - i : LANES, NONE), most);
-  return largest(most);
-}
-
-// x = exp(scale x - level) of the first n, 0 of the others; their sum.
-inline float weigh(float* x, int64_t n, int64_t columns, float scale, float level) {
-  Floats total{};
-  for (int64_t i = 0; i < columns; i += LANES) {
-    int64_t seen = n - i < 0 ? 0 : n - i < LANES ? n - i : LANES;
-    Floats weight = seen ? first(exp(load(x + i, columns - i) * scale - level), seen, 0.f) : all(0.f);
-    total += weight;
-    store(x + i, weight, columns - i);
-  }
-  return sum(total);
-}
-
 inline void divide(float* x, int64_t n, float by) {
   for (int64_t i = 0; i < n; i += LANES) store(x + i, load(x + i, n - i) * (1.f / by), n - i);
 }
@@ -478,7 +461,10 @@ void soften(float* own, float* before, float* log_sum, const Window& w, float sc
     float *mine = own + row * w.columns, *shared = before ? before + row * w.longest : nullptr;
     int64_t n = w.own(row), m = before ? w.prompt(row) : 0;
     float top = top_of(mine, n, scale, before ? top_of(shared, m, scale, NONE) : NONE);
-    float total = weigh(mine, n, w.columns, scale, top) + (before ? weigh(shared, m, w.longest, scale, top) : 0.f);
+    Floats of_own{}, of_prompt{};
+    weigh(mine, n, w.columns, scale, top, of_own);
+    if (before) weigh(shared, m, w.longest, scale, top, of_prompt);
+    float total = sum(of_own) + sum(of_prompt);
     divide(mine, n, total);
     if (before) divide(shared, m, total);
     log_sum[row] = std::log(total) + top;
@@ -490,7 +476,8 @@ void reweigh(float* scores, const float* log_sum, const Window& w, int64_t of_pr
 #pragma omp parallel for
   for (int64_t row = 0; row < w.rows; row++) {
     int64_t columns = of_prompt ? w.longest : w.columns;
-    weigh(scores + row * columns, of_prompt ? w.prompt(row) : w.own(row), columns, scale, log_sum[row]);
+    Floats total{};
+    weigh(scores + row * columns, of_prompt ? w.prompt(row) : w.own(row), columns, scale, log_sum[row], total);
   }
 }
 

@@ -83,7 +83,7 @@ def started(
     Entered with the policy's adapters on; the decoder is for use within the context.
     """
     model = policy.model
-    if policy.device.type == "cpu" and has_loops(model):
+    if has_loops(model):
         first, decoder = _started_with_loops(policy, examples, num_draws, longest)
         yield first.repeat_interleave(num_draws, 0), decoder
         return

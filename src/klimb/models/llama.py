@@ -21,8 +21,9 @@ from torch import Tensor
 
 from klimb.models import fused_attention
 from klimb.models.attended import Attended, Kernels, Matrices
+from klimb.models.between_products import gated, normed, turned
 from klimb.models.recorded import recorded
-from klimb.models.written_out import attention_of, gated, normed, turned, written_out
+from klimb.models.written_out import attention_of, written_out
 
 
 class LlamaDecoder:

@@ -160,7 +160,7 @@ def _attend(
     """Attention [P, K, G, n * H/K, w] of a window of n steps, and the log of the sum of the weights."""
     q, value = query[..., _asked_at(steps, query, key), :], value[..., : steps.stop, :]
     if cpu_kernels.usable(q):
-        weights = torch.matmul(q, key[..., : steps.stop, :].transpose(-2, -1))
+        weights = _products(q, key, steps)
         before = _products_with_prompt(q, prompt[0].key) if prompt else None
         log_sum = cpu_kernels.soften(weights, before, _window(query, key, block, steps), scale)
         out = weights @ value
@@ -209,7 +209,8 @@ def attend_backward(
         to_values.append(to_value)
         for steps in _windows(block):
             here, said = _asked_at(steps, own.query, own.key), slice(steps.stop)
-            asked, log_sum, up, at = (x[..., here, :] for x in (own.query, own.log_sum, g, level))
+            asked, up = own.query[..., here, :], g[..., here, :]
+            log_sum, at = (x[..., here, :].contiguous() for x in (own.log_sum, level))
             window = _window(own.query, own.key, block, steps)
             weights = _weights(asked, own.key, log_sum, block, window, scale)
             to_value[..., said, :] += weights.transpose(-2, -1) @ up
@@ -265,7 +266,7 @@ def _asked_at(steps: slice, query: Tensor, key: Tensor) -> slice:
 
 def _scores(query: Tensor, key: Tensor, block: Block, steps: slice, scale: float) -> Tensor:
     """[P, K, G, n * H/K, m] of the queries of a window of n steps over the row's own tokens up to its end, the m-th."""
-    score = torch.matmul(query, key[..., : steps.stop, :].transpose(-2, -1)).mul_(scale)
+    score = _products(query, key, steps).mul_(scale)
     n = steps.stop - steps.start
     score.unflatten(3, (n, -1))[..., steps.start :].add_(block.causal[:n, None, :n])
     return score
@@ -275,6 +276,10 @@ def _scores_of_prompt(query: Tensor, key: Tensor, block: Block, scale: float) ->
     """[P, K, G, T * H/K, L] over the prompt's tokens."""
     score = _products_with_prompt(query, key).mul_(scale)
     return score if block.unseen is None else score.add_(block.unseen)
+
+
+def _products(query: Tensor, key: Tensor, steps: slice) -> Tensor:
+    return torch.matmul(query, key[..., : steps.stop, :].transpose(-2, -1))
 
 
 def _products_with_prompt(query: Tensor, key: Tensor) -> Tensor:
@@ -296,8 +301,7 @@ def _weights(
     steps = slice(window.start, window.start + window.steps)
     if not cpu_kernels.usable(query):
         return _scores(query, key, block, steps, scale).sub_(log_sum).exp_()
-    scores = torch.matmul(query, key[..., : steps.stop, :].transpose(-2, -1))
-    return cpu_kernels.reweigh(scores, log_sum.contiguous(), window, scale)
+    return cpu_kernels.reweigh(_products(query, key, steps), log_sum, window, scale)
 
 
 def _weights_of_prompt(
@@ -306,12 +310,11 @@ def _weights_of_prompt(
     """The same over the prompt's tokens."""
     if not cpu_kernels.usable(query):
         return _scores_of_prompt(query, key, block, scale).sub_(log_sum).exp_()
-    scores = _products_with_prompt(query, key)
-    return cpu_kernels.reweigh(scores, log_sum.contiguous(), window, scale, of_prompt=True)
+    return cpu_kernels.reweigh(_products_with_prompt(query, key), log_sum, window, scale, of_prompt=True)
 
 
 def _inner(g: Tensor, weights: Tensor, common: Tensor, scale: float) -> Tensor:
     """The gradient of the scores, given that of the weights, which is used up."""
     if not cpu_kernels.usable(g):
         return g.sub_(common).mul_(weights).mul_(scale)
-    return cpu_kernels.soften_backward(g, weights, common.contiguous(), scale)
+    return cpu_kernels.soften_backward(g, weights, common, scale)

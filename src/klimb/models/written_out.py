@@ -17,10 +17,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from klimb.models import cpu_kernels, fused_attention, shared_attention
+from klimb.models import fused_attention, shared_attention
+from klimb.models.between_products import (
+    added_norm,
+    gated,
+    gated_backward,
+    norm,
+    norm_backward,
+    normed,
+    turned,
+    turned_back,
+)
 from klimb.models.low_rank import base_of
 from klimb.models.products import Gradients, Product, side_by_side
 
@@ -60,7 +70,8 @@ class Layer:
     def trained(self) -> list[Tensor]:
         """Its tensors that training moves."""
         products = (self.query_key_value, self.output, self.gate_up, self.down)
-        weights = [norm.weight for norm in (self.attention_norm, self.mlp_norm) if norm.weight.requires_grad]
+        norms = (self.attention_norm, self.mlp_norm)
+        weights = [x.weight for x in norms if x.weight.requires_grad]
         return weights + [x for product in products for part in product.parts for x in part.trained()]
 
 
@@ -218,7 +229,7 @@ class _Seen:
 
 
 def _forward(layer: Layer, x: Tensor, place: Place) -> tuple[Tensor, _Seen]:
-    heads, n_qkv = layer.query_key_value.forward(_norm(layer.attention_norm, x)[0])
+    heads, n_qkv = layer.query_key_value.forward(norm(layer.attention_norm, x)[0])
     query, key, value = turned(heads, place.cos, place.sin, place.kv_heads)
     out, attended = place.attention.attend(query, key, value, place.layout, place.scale)
     y, n_output = layer.output.forward(out.flatten(1))
@@ -234,117 +245,17 @@ def _backward(
 ) -> Tensor:
     n_qkv, n_output, n_gate_up, n_down = seen.narrow
     g_active = layer.down.backward(g, gated(seen.gate_up), n_down, found)
-    read, size = _norm(layer.mlp_norm, seen.middle)
-    g_read = layer.gate_up.backward(_gated_backward(g_active, seen.gate_up), read, n_gate_up, found)
-    g = _norm_backward(layer.mlp_norm, g_read, seen.middle, size, g, found)
+    read, size = norm(layer.mlp_norm, seen.middle)
+    g_read = layer.gate_up.backward(gated_backward(g_active, seen.gate_up), read, n_gate_up, found)
+    g = norm_backward(layer.mlp_norm, g_read, seen.middle, size, g, found)
     g_out = layer.output.backward(g, seen.out.flatten(1), n_output, found)
     to_query, to_key, to_value = place.attention.attend_backward(
         g_out.view_as(seen.out), seen.out, seen.attended, place.layout, place.scale
     )
-    g_heads = _turned_back(to_query, to_key, to_value, place)
-    read, size = _norm(layer.attention_norm, seen.x)
+    g_heads = turned_back(to_query, to_key, to_value, place.cos, place.sin)
+    read, size = norm(layer.attention_norm, seen.x)
     if not (wants_x or layer.attention_norm.weight.requires_grad):
         layer.query_key_value.collect(g_heads, read, n_qkv, found)
         return g
     g_read = layer.query_key_value.backward(g_heads, read, n_qkv, found)
-    return _norm_backward(layer.attention_norm, g_read, seen.x, size, g, found)
-
-
-def _norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D] -> the same at unit mean square times the norm's weight, and [N, 1] what it was multiplied by."""
-    if _is_one_kernel(norm, x):
-        return torch.ops.aten._fused_rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    if cpu_kernels.usable(x, norm.weight):
-        return cpu_kernels.norm(x, norm.weight, norm.variance_epsilon)[:2]
-    wide = x.float() if x.dtype != torch.float64 else x
-    size = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(norm.variance_epsilon))
-    return (wide * size).to(x.dtype).mul_(norm.weight), size
-
-
-def _norm_backward(norm: Any, g: Tensor, x: Tensor, size: Tensor, above: Tensor, found: Gradients) -> Tensor:
-    """[N, D] the gradient of what went in: that of its norm, and what came from `above` it."""
-    if _is_one_kernel(norm, x):
-        wanted = [True, norm.weight.requires_grad]
-        g, weight = torch.ops.aten._fused_rms_norm_backward(
-            g.contiguous(), x, norm.weight.shape, size, norm.weight, wanted
-        )
-        if norm.weight.requires_grad:
-            found[id(norm.weight)] = weight
-        return above + g
-    if norm.weight.requires_grad:
-        found[id(norm.weight)] = (g * (x.to(size.dtype) * size)).sum(0).to(norm.weight.dtype)
-    if cpu_kernels.usable(x, g, norm.weight):
-        return cpu_kernels.norm_backward(g, x, norm.weight, size, above)
-    unit = x.to(size.dtype) * size
-    g = g.to(size.dtype) * norm.weight
-    return above + g.sub_(unit.mul_((g * unit).mean(-1, keepdim=True))).mul_(size).to(x.dtype)
-
-
-def normed(norm: Any, x: Tensor) -> Tensor:
-    """[N, D] through a norm, as one kernel where there is one."""
-    return _norm(norm, x)[0] if _is_one_kernel(norm, x) or cpu_kernels.usable(x, norm.weight) else norm(x)
-
-
-def added_norm(norm: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D] the sum of both through a norm, and the sum."""
-    if cpu_kernels.usable(x, y, norm.weight):
-        read, _, total = cpu_kernels.norm(x, norm.weight, norm.variance_epsilon, y)
-        return read, total
-    total = x + y
-    return _norm(norm, total)[0], total
-
-
-def _is_one_kernel(norm: Any, x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == norm.weight.dtype != torch.float64
-
-
-def gated(gate_up: Tensor) -> Tensor:
-    """[N, 2 F] gate and up side by side -> [N, F] silu(gate) up."""
-    if cpu_kernels.usable(gate_up):
-        return cpu_kernels.gated(gate_up)
-    gate, up = gate_up.chunk(2, 1)
-    return nn.functional.silu(gate).mul_(up)
-
-
-def _gated_backward(g: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient [N, 2 F] of gate and up, given that of `gated` [N, F], which is used up."""
-    if cpu_kernels.usable(gate_up, g):
-        return cpu_kernels.gated_backward(g, gate_up)
-    gate, up = gate_up.chunk(2, 1)
-    found = torch.empty_like(gate_up)
-    g_gate, g_up = found.chunk(2, 1)
-    torch.mul(g, nn.functional.silu(gate), out=g_up)
-    torch.ops.aten.silu_backward(g.mul_(up), gate, grad_input=g_gate)
-    return found
-
-
-def turned(heads: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [N, H, w], key and value [N, K, w] of heads [N, (H + 2 K) w], turned by the angles [N, 1, w] of their positions.
-
-    The heads may be changed.
-    """
-    heads = heads.unflatten(1, (-1, cos.shape[-1]))
-    if cpu_kernels.usable(heads, cos, sin):
-        cpu_kernels.turn(heads, heads.shape[1] - kv_heads, cos, sin)
-        both = heads[:, :-kv_heads]
-    else:
-        both = heads[:, :-kv_heads]
-        both = (both * cos).addcmul_(_half_turned(both), sin)
-    return both[:, :-kv_heads], both[:, -kv_heads:], heads[:, -kv_heads:]
-
-
-def _turned_back(query: Tensor, key: Tensor, value: Tensor, place: Place) -> Tensor:
-    """[N, (H + 2 K) w] the gradient of the heads, given that of query, key and value."""
-    if cpu_kernels.usable(query, place.cos, place.sin):
-        heads = torch.cat([query, key, value], 1)
-        cpu_kernels.turn(heads, heads.shape[1] - value.shape[1], place.cos, place.sin, back=True)
-        return heads.flatten(1)
-    both = torch.cat([query, key], 1)
-    both = (both * place.cos).sub_(_half_turned(both * place.sin))
-    return torch.cat([both, value], 1).flatten(1)
-
-
-def _half_turned(x: Tensor) -> Tensor:
-    """[..., w] the halves (a, b) -> (-b, a): what the sines of the angles multiply. Its transpose is its negative."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
+    return norm_backward(layer.attention_norm, g_read, seen.x, size, g, found)
