@@ -76,7 +76,7 @@ def _openmp() -> Path | None:
 
 def _flags() -> list[str]:
     tuned = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    return f"-std=gnu++17 -O3 {tuned} -fPIC -fopenmp -fno-math-errno -Wno-psabi".split()
+    return ["-std=gnu++17", "-O3", tuned, "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
 
 
 def _processor() -> bytes:
