@@ -287,9 +287,9 @@ def test_a_program_that_cannot_be_run_is_named_too(monkeypatch, tmp_path):
 def test_a_name_that_stays_unknown_is_found_when_it_is_linked(monkeypatch, tmp_path):
     """As of another compiler's OpenMP."""
     target = tmp_path / "kernels.so"
-    source = b'extern "C" void of_another_openmp(); extern "C" void f() { of_another_openmp(); }'
+    sources = {"f.cpp": b'extern "C" void of_another_openmp(); extern "C" void f() { of_another_openmp(); }'}
     with pytest.raises(RuntimeError, match="of_another_openmp"):
-        compiled._compile(["g++"], source, compiled._openmp(), target)
+        compiled._compile(["g++"], sources, compiled._openmp(), target)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The loops of `cpu_kernels.cpp` as a library, compiled once for a machine by the C++ compiler that is there.
+"""The loops of `cpu_kernels.cpp` and `cpu_attention.cpp` as a library, compiled once for a machine by the C++ compiler that is there.
 
 Kept in the user's cache under a name made of the source, the compiler and the processor, so another of these compiles anew. On
 Linux with g++ (or what the variable CXX names) and the OpenMP that torch has loaded, which is GCC's: a second one beside it would bring
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+SOURCES = ("cpu_vectors.h", "cpu_kernels.cpp", "cpu_attention.cpp")
 SWITCH = "KLIMB_CPU_KERNELS"
 """the variable of the environment that leaves them out when it says 0"""
 
@@ -46,16 +47,22 @@ def library() -> ctypes.CDLL | None:
 
 
 def _loaded(compiler: list[str], openmp: Path) -> ctypes.CDLL:
-    source = files("klimb.models").joinpath("cpu_kernels.cpp").read_bytes()
+    sources = {name: files("klimb.models").joinpath(name).read_bytes() for name in SOURCES}
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (source, version, _processor(), str(openmp).encode(), " ".join([*compiler, *_flags()]).encode())
+    parts = (
+        *sources.values(),
+        version,
+        _processor(),
+        str(openmp).encode(),
+        " ".join([*compiler, *_flags()]).encode(),
+    )
     target = _cache() / (hashlib.sha256(b"\0".join(parts)).hexdigest()[:24] + ".so")
     if target.exists():
         try:
             return ctypes.CDLL(str(target))
         except OSError:  # torn, or of a machine that shares this home: made anew, once
             target.unlink()
-    _compile(compiler, source, openmp, target)
+    _compile(compiler, sources, openmp, target)
     return ctypes.CDLL(str(target))
 
 
@@ -106,19 +113,25 @@ def _cache() -> Path:
     raise OSError("there is no folder to keep them in that only you can write into, such as ~/.cache/klimb")
 
 
-def _compile(compiler: list[str], source: bytes, openmp: Path, target: Path) -> None:
+def _compile(compiler: list[str], sources: dict[str, bytes], openmp: Path, target: Path) -> None:
     """Write the library, whole or not at all.
 
     Raises:
         RuntimeError: the compiler refuses, in its words.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        text, part, whole = (Path(folder) / name for name in ("kernels.cpp", "kernels.o", "kernels.so"))
-        text.write_bytes(source)
+        whole = Path(folder) / "kernels.so"
+        for name, source in sources.items():
+            (Path(folder) / name).write_bytes(source)
+        texts = [Path(folder) / name for name in sources if name.endswith(".cpp")]
+        parts = [str(text.with_suffix(".o")) for text in texts]
         for step in (
-            [*compiler, *_flags(), "-c", str(text), "-o", str(part)],
+            *(
+                [*compiler, *_flags(), "-c", str(text), "-o", part]
+                for text, part in zip(texts, parts, strict=True)
+            ),
             # a name that stays unknown, such as another OpenMP's, is a mistake here and not when it is loaded
-            [*compiler, "-shared", "-Wl,-z,defs", str(part), str(openmp), "-lm", "-o", str(whole)],
+            [*compiler, "-shared", "-Wl,-z,defs", *parts, str(openmp), "-lm", "-o", str(whole)],
         ):
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:

@@ -34,6 +34,8 @@ SIGNATURES = {
     "soften": "pppiiiiiiipf",
     "reweigh": "ppiiiiiiipif",
     "soften_backward": "pppiif",
+    "attend_packed": "pppppppiiiiiiiif",
+    "attend_packed_backward": "ppppppppppppiiiiiiiiif",
 }
 """of each loop: pointers, 64-bit integers and floats"""
 
@@ -226,6 +228,90 @@ def soften_backward(g: Tensor, weights: Tensor, common: Tensor, scale: float) ->
     """Weights (g - common) scale [..., m], the gradient of the products, in place of g; common [..., 1]. All float32 and contiguous."""
     _call("soften_backward", g.dtype, g, weights, common, common.numel(), g.shape[-1], scale)
     return g
+
+
+@cache
+def attends() -> bool:
+    """True where `attend_packed` runs: the system lends the processor's tiles of numbers only to who asks for them."""
+    loops = library()
+    return loops is not None and bool(loops.attention_ready())
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where packed tokens lie: those of P prompts, then those of their P x G completions.
+
+    Attributes:
+        prompts: P.
+        completions: G.
+        start: [P + P G] int64 where each begins.
+        length: [P + P G] int64 its tokens; a completion may have none.
+    """
+
+    prompts: int
+    completions: int
+    start: Tensor
+    length: Tensor
+
+
+PARTS = 8
+"""the completions of a prompt are gone back through in so many parts at most, each with its own sums for the prompt"""
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, where: Sequences, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention [N, H, w] of completions over their prompt and themselves, of prompts over themselves; and the logs of the sums [N, H].
+
+    All bfloat16: query [N, H, w], key and value [N, K, w], the heads of a token side by side.
+    """
+    query, key, value = (_heads_side_by_side(x) for x in (query, key, value))
+    out, log_sum = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    sizes = (where.prompts, where.completions, *_sizes(query, key, value))
+    _call(
+        "attend_packed",
+        query.dtype,
+        query,
+        key,
+        value,
+        out,
+        log_sum,
+        where.start,
+        where.length,
+        *sizes,
+        scale,
+    )
+    return out, log_sum
+
+
+def attend_packed_backward(
+    upstream: Tensor,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_sum: Tensor,
+    where: Sequences,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients [N, H, w], [N, K, w], [N, K, w] of query, key and value, given that of what `attend_packed` gave."""
+    upstream, parts = upstream.contiguous(), min(where.completions, PARTS)
+    query, key, value = (_heads_side_by_side(x) for x in (query, key, value))
+    found = [x.new_empty(x.shape) for x in (query, key, value)]
+    of_prompts = int(where.length[: where.prompts].sum())
+    shared = query.new_empty(parts + 1, 2, of_prompts, *key.shape[1:], dtype=torch.float32)
+    what = (upstream, out, query, key, value, log_sum, *found, shared, where.start, where.length)
+    sizes = (where.prompts, where.completions, parts, *_sizes(query, key, value))
+    _call("attend_packed_backward", query.dtype, *what, *sizes, scale)
+    return found[0], found[1], found[2]
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    return query.shape[1], key.shape[1], query.shape[2], query.stride(0), key.stride(0), value.stride(0)
+
+
+def _heads_side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def _call(name: str, dtype: torch.dtype, *what: Any) -> None:

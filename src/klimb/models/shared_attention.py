@@ -234,6 +234,11 @@ def attend_backward(
     return query, key, value
 
 
+def of_prompts(seen: Sequence[Seen], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Keys and values [P, K, L, w] of the prompts, which stand on the left."""
+    return seen[0].key[:, :, 0], seen[0].value[:, :, 0]
+
+
 def _said(x: Tensor, block: Block, wide: torch.dtype) -> Tensor:
     """[N, K, w] -> [P, K, G, T, w]."""
     return x[block.index].permute(0, 3, 1, 2, 4).to(wide, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from klimb.models import fused_attention, shared_attention
+from klimb.models import fused_attention, shared_attention, tiled_attention
 from klimb.models.between_products import (
     added_norm,
     gated,
@@ -101,10 +101,11 @@ class Place:
 
 
 def attention_of(model: Any, dtype: torch.dtype) -> ModuleType:
-    """How packed tokens attend: by the kernels of a GPU, or by products of matrices."""
+    """How packed tokens attend: by the kernels of a GPU, by the compiled loops of a CPU, or by products of matrices."""
     width = model.get_decoder().layers[0].self_attn.head_dim
-    fused = fused_attention.is_fused(model.device, dtype, width)
-    return fused_attention if fused else shared_attention
+    if fused_attention.is_fused(model.device, dtype, width):
+        return fused_attention
+    return tiled_attention if tiled_attention.is_tiled(model.device, dtype) else shared_attention
 
 
 def through_layers(
@@ -154,12 +155,13 @@ def read_prompts(
         prompts: [P] tokens of each.
     """
     position = torch.cat([torch.arange(n, device=embedded.device) for n in prompts])
-    place = _place(model, embedded, position, prompts, [[0]] * len(prompts), shared_attention)
+    road = attention_of(model, embedded.dtype)
+    place = _place(model, embedded, position, prompts, [[0]] * len(prompts), road)
     remembered = []
     for layer in layers:
         embedded, seen = _forward(layer, embedded, place)
-        own = seen.attended[0]
-        remembered.append((own.key[:, :, 0].to(embedded.dtype), own.value[:, :, 0].to(embedded.dtype)))
+        key, value = road.of_prompts(seen.attended, place.layout)
+        remembered.append((key.to(embedded.dtype), value.to(embedded.dtype)))
     return normed(model.get_decoder().norm, embedded), remembered
 
 
