@@ -17,7 +17,7 @@ import pytest
 import torch
 
 LOCK = threading.Lock()
-"""requests to all stand-ins come one after the other: transformers loads a model by changing itself and torch for all threads"""
+"""requests to all stand-ins come one after the other: peft loads an adapter by changing torch for all threads"""
 
 
 @contextlib.contextmanager
@@ -29,13 +29,20 @@ def fake_vllm(model_folder, *, ends):
     `ends` are those of its own generation_config.json.
     """
     from peft import PeftModel
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    def loaded(adapter=None, folder=model_folder):
+    # Here and not in the server's thread: while it loads, transformers takes from all models their tied weights.
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+    def loaded(adapter=None, folder=None):
+        model = copy.deepcopy(base)
+        if folder is not None:
+            found = model.load_state_dict(load_file(f"{folder}/model.safetensors"), strict=False)
+            assert not found.unexpected_keys
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's own, which the test suite would make an error of
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+            return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
     fake = SimpleNamespace(
         requests=[],

@@ -99,26 +99,37 @@ def test_fused_kernels_are_attention(prompts, rows):
 def test_half_precision_rounds_no_more_than_the_models_own_layers(
     name, build, tokenizer, examples, monkeypatch
 ):
-    """Scores and gradients in bfloat16 against float64, by the fused kernels and by transformers' layers."""
+    """Scores and gradients in bfloat16 against float64, by the fused kernels and by transformers' layers; eight policies,
+    since of one the error is half as large again or not by how a single sum was rounded."""
     draws = ancestral(
         CausalPolicy(build(name), tokenizer), examples, 6, generator=seeded(1), max_completion_length=12
     )
 
-    def found(dtype):
+    def found(dtype, seed):
         policy, _ = lora(build(name, dtype=dtype, width=0.3).to("cuda"), tokenizer, r=4)
         for i, tensor in enumerate(policy.trainable):
-            rounded = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(std=0.1, generator=seeded(i))
-            tensor.data.copy_(rounded)
+            rounded = torch.empty(tensor.shape, dtype=torch.bfloat16)
+            tensor.data.copy_(rounded.normal_(std=0.1, generator=seeded(100 * seed + i)))
         scores = policy.log_prob(draws)
         scores.sum().backward()
         return scores.detach().double(), torch.cat([p.grad.flatten() for p in policy.trainable]).double()
 
-    exact, ours = found(torch.float64), found(torch.bfloat16)
-    with monkeypatch.context() as patch:
-        patch.setattr(policy_module, "is_llama_like", lambda model: False)
-        theirs = found(torch.bfloat16)
-    for mine, other, wanted in zip(ours, theirs, exact, strict=True):
-        assert 0 < (mine - wanted).norm() < 1.5 * (other - wanted).norm()
+    apart = []
+    for seed in range(8):
+        exact, ours = found(torch.float64, seed), found(torch.bfloat16, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(policy_module, "is_llama_like", lambda model: False)
+            theirs = found(torch.bfloat16, seed)
+        apart.append(
+            [
+                [((x - e).norm() / e.norm()).item() for x, e in zip(road, exact, strict=True)]
+                for road in (ours, theirs)
+            ]
+        )
+    for mine, other in zip(
+        *torch.tensor(apart).square().mean(0).sqrt(), strict=True
+    ):  # of scores, of gradients
+        assert 0 < mine < 1.3 * other
 
 
 @pytest.mark.parametrize("name", ["llama_untied", "qwen2"])
