@@ -36,12 +36,6 @@ inline Bits bits(const uint32_t* p) {
 
 inline void put(uint32_t* p, Bits x) { memcpy(p, &x, sizeof x); }
 
-// To bfloat16, to the nearest, in the low half of each lane.
-inline Bits halved(Floats x) {
-  Bits b = (Bits)x;
-  return (x != x) ? (Bits{} + 0x7fc0) : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-}
-
 inline Bits paired(Floats even, Floats odd) { return halved(even) | halved(odd) << 16; }
 
 // Memory of a thread, on the boundary of a line of the cache; grows and is kept.
@@ -453,10 +447,8 @@ void backward(Backward& b, const Tokens& x, const bfloat16* up, const bfloat16* 
     }
     float* to_query = b.to_query_held.of<float>(wide * b.query.n);
     memset(to_query, 0, wide * b.query.n * sizeof(float));
-    if (itself) {
-      go_back(b, x, b.prompt_key, b.prompt_value, length, true, to_query, prompt_key, prompt_value);
-    } else {
-      go_back(b, x, b.prompt_key, b.prompt_value, length, false, to_query, prompt_key, prompt_value);
+    go_back(b, x, b.prompt_key, b.prompt_value, length, itself, to_query, prompt_key, prompt_value);
+    if (!itself) {
       b.key.lay(x.keys(key, x.key_apart, s, k), wide, true);
       b.value.lay(x.keys(value, x.value_apart, s, k), wide, false);
       float *to_key = b.to_key_held.of<float>(b.key.n * wide), *to_value = b.to_value_held.of<float>(b.key.n * wide);

@@ -39,10 +39,14 @@ inline Floats load(const bfloat16* p) {
 
 inline void store(float* p, Floats x) { memcpy(p, &x, sizeof x); }
 
-inline void store(bfloat16* p, Floats x) {  // to the nearest, ties to even; NaN stays NaN
+// To bfloat16 in the low half of each lane: to the nearest, ties to even; NaN stays NaN.
+inline Bits halved(Floats x) {
   Bits bits = (Bits)x;
-  Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  Halves h = __builtin_convertvector((x != x) ? (Bits{} + 0x7fc0) : rounded, Halves);
+  return (x != x) ? (Bits{} + 0x7fc0) : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+inline void store(bfloat16* p, Floats x) {
+  Halves h = __builtin_convertvector(halved(x), Halves);
   memcpy(p, &h, sizeof h);
 }
 
