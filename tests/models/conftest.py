@@ -5,6 +5,8 @@ mistake in positions, masks and caches), and the plain score is transformers' ow
 cache, no padding, log_softmax of its logits in float32.
 """
 
+import ctypes
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from klimb.data import Draws, Example
-from klimb.models import fused_attention
+from klimb.models import compiled, cpu_kernels, fused_attention
 from klimb.models.policy import CausalPolicy
 
 TEMPLATE = (
@@ -290,3 +292,40 @@ def wide_model(tiny_model, tmp_path_factory):
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder
+
+
+PRODUCTS = {
+    "as they are": [],
+    "dot products": ["-U__AMX_BF16__"],
+    "plain": ["-U__AMX_BF16__", "-U__AVX512BF16__"],
+}
+
+
+@pytest.fixture(scope="session", params=PRODUCTS)
+def loops(request, tmp_path_factory):
+    """The compiled loops, for a processor whose products of bfloat16 are no better than these."""
+    if not PRODUCTS[request.param]:
+        found = compiled.library()
+    else:
+        flags = [*compiled._flags(), *PRODUCTS[request.param]]
+        target = tmp_path_factory.mktemp("loops") / "loops.so"
+        sources = {
+            name: compiled.files("klimb.models").joinpath(name).read_bytes() for name in compiled.SOURCES
+        }
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(compiled, "_flags", lambda: flags)
+            compiled._compile(compiled._compiler(), sources, compiled._openmp(), target)
+        found = ctypes.CDLL(str(target))
+    if not found.attention_ready():
+        pytest.skip("the system does not lend the processor's tiles")
+    return found
+
+
+@pytest.fixture
+def products(loops, monkeypatch):
+    """Attention, and products of few rows, by these."""
+    monkeypatch.setattr(cpu_kernels, "library", lambda: loops)
+    monkeypatch.setattr(cpu_kernels, "multiplies", lambda: True)
+    cpu_kernels._loop.cache_clear()
+    yield
+    cpu_kernels._loop.cache_clear()

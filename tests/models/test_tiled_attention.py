@@ -1,47 +1,15 @@
 """Attention of packed tokens by the compiled loops of a CPU: against the same in float64, by each kind of product a processor may have."""
 
-import ctypes
-
 import pytest
 import torch
 
-from klimb.models import compiled, cpu_kernels, shared_attention, tiled_attention, written_out
+from klimb.models import compiled, shared_attention, tiled_attention, written_out
 from klimb.models.families import lora
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no compiler")
 
-PRODUCTS = {
-    "as they are": [],
-    "dot products": ["-U__AMX_BF16__"],
-    "plain": ["-U__AMX_BF16__", "-U__AVX512BF16__"],
-}
 ROUNDING = 6e-3
 """of bfloat16: what came out of a sum of weights that were rounded, rounded once more"""
-
-
-@pytest.fixture(scope="module", params=PRODUCTS)
-def loops(request, tmp_path_factory):
-    """Compiled for a processor that has no more than this."""
-    flags = [*compiled._flags(), *PRODUCTS[request.param]]
-    target = tmp_path_factory.mktemp("loops") / "loops.so"
-    names = ("cpu_vectors.h", "cpu_attention.cpp")
-    sources = {name: compiled.files("klimb.models").joinpath(name).read_bytes() for name in names}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiled, "_flags", lambda: flags)
-        compiled._compile(compiled._compiler(), sources, compiled._openmp(), target)
-    found = ctypes.CDLL(str(target))
-    if not found.attention_ready():
-        pytest.skip("the system does not lend the processor's tiles")
-    return found
-
-
-@pytest.fixture
-def products(loops, monkeypatch):
-    """Attention by these."""
-    monkeypatch.setattr(cpu_kernels, "library", lambda: loops)
-    cpu_kernels._loop.cache_clear()
-    yield
-    cpu_kernels._loop.cache_clear()
 
 
 def random_tokens(prompts, rows, heads, kv, width):

@@ -23,7 +23,10 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("cpu_vectors.h", "cpu_kernels.cpp", "cpu_attention.cpp")
+SOURCES = (
+    *("cpu_vectors.h", "cpu_tiles.h", "cpu_between.h", "cpu_attend_token.h", "cpu_products.h"),
+    *("cpu_kernels.cpp", "cpu_attention.cpp", "cpu_token.cpp"),
+)
 SWITCH = "KLIMB_CPU_KERNELS"
 """the variable of the environment that leaves them out when it says 0"""
 

@@ -4,77 +4,10 @@
 // T is float or bfloat16; every sum is in float, a result is rounded once. Sixteen numbers at a time; rows are shared out over
 // the threads of the OpenMP that torch has loaded, and a row's sum does not depend on how many there are.
 
-#include "cpu_vectors.h"
+#include "cpu_attend_token.h"
+#include "cpu_between.h"
 
 namespace {
-
-inline Floats sigmoid(Floats x) { return 1.f / (1.f + exp(-x)); }
-
-// total = x + y (y may be missing: then it is x); out = total at unit mean square times the weight.
-template <class T>
-void norm(const T* x, const T* y, const T* weight, T* total, T* out, float* size, int64_t rows, int64_t width, float eps) {
-#pragma omp parallel for
-  for (int64_t row = 0; row < rows; row++) {
-    const T* from = (y ? total : x) + row * width;
-    Floats squares{};
-    for (int64_t i = 0; i < width; i += LANES) {
-      int64_t at = row * width + i, n = width - i;
-      if (y) store(total + at, load(x + at, n) + load(y + at, n), n);
-      Floats v = load(from + i, n);  // as it was rounded
-      squares += v * v;
-    }
-    float scale = 1.f / std::sqrt(sum(squares) / width + eps);
-    size[row] = scale;
-    for (int64_t i = 0; i < width; i += LANES)
-      store(out + row * width + i, load(from + i, width - i) * scale * load(weight + i, width - i), width - i);
-  }
-}
-
-// out = above + the gradient of x, given that of its norm.
-template <class T>
-void norm_backward(const T* g, const T* x, const T* weight, const float* size, const T* above, T* out, int64_t rows, int64_t width) {
-#pragma omp parallel for
-  for (int64_t row = 0; row < rows; row++) {
-    const T *g_row = g + row * width, *x_row = x + row * width, *above_row = above + row * width;
-    float scale = size[row];
-    Floats products{};
-    for (int64_t i = 0; i < width; i += LANES)
-      products += load(g_row + i, width - i) * load(weight + i, width - i) * load(x_row + i, width - i);
-    float common = sum(products) * scale * scale / width;
-    for (int64_t i = 0; i < width; i += LANES) {
-      Floats inner = load(g_row + i, width - i) * load(weight + i, width - i) - load(x_row + i, width - i) * common;
-      store(out + row * width + i, load(above_row + i, width - i) + inner * scale, width - i);
-    }
-  }
-}
-
-// out = silu(gate) * up, of rows (gate, up).
-template <class T>
-void gated(const T* gate_up, T* out, int64_t rows, int64_t width) {
-#pragma omp parallel for
-  for (int64_t row = 0; row < rows; row++) {
-    const T *gates = gate_up + row * 2 * width, *ups = gates + width;
-    for (int64_t i = 0; i < width; i += LANES) {
-      Floats gate = load(gates + i, width - i);
-      store(out + row * width + i, gate * sigmoid(gate) * load(ups + i, width - i), width - i);
-    }
-  }
-}
-
-template <class T>
-void gated_backward(const T* g, const T* gate_up, T* out, int64_t rows, int64_t width) {
-#pragma omp parallel for
-  for (int64_t row = 0; row < rows; row++) {
-    const T *gates = gate_up + row * 2 * width, *ups = gates + width;
-    T* to = out + row * 2 * width;
-    for (int64_t i = 0; i < width; i += LANES) {
-      Floats gate = load(gates + i, width - i), up = load(ups + i, width - i), above = load(g + row * width + i, width - i);
-      Floats open = sigmoid(gate), active = gate * open;
-      store(to + i, above * up * (open + active * (1.f - open)), width - i);
-      store(to + width + i, above * active, width - i);
-    }
-  }
-}
 
 // y[row] += x[row] a for four rows and V times sixteen columns (fewer, where there are fewer); rows of x, a and y lie so far apart.
 template <int V, class T, class Y>
@@ -126,156 +59,6 @@ void adapt(const T* x, const T* a, const T* b, T* y, int64_t rows, int64_t width
         from += ranks[i], with += ranks[i] * columns[i], to += columns[i];
       }
     }
-  }
-}
-
-// Turn the first `heads` heads of every row by the angles of its position, in place; back with `sign` -1.
-template <class T>
-void turn(T* x, const T* cos, const T* sin, int64_t rows, int64_t heads, int64_t width, int64_t stride, float sign) {
-  int64_t half = width / 2;
-#pragma omp parallel for
-  for (int64_t row = 0; row < rows; row++) {
-    const T *c = cos + row * width, *s = sin + row * width;
-    for (int64_t head = 0; head < heads; head++) {
-      T *first = x + row * stride + head * width, *second = first + half;
-      for (int64_t i = 0; i < half; i += LANES) {
-        int64_t n = half - i;
-        Floats a = load(first + i, n), b = load(second + i, n);
-        Floats sin_a = load(s + i, n), sin_b = load(s + half + i, n);
-        Floats from_b = b * (sign > 0 ? sin_a : sin_b), from_a = a * (sign > 0 ? sin_b : sin_a);
-        store(first + i, a * load(c + i, n) - from_b * sign, n);
-        store(second + i, b * load(c + half + i, n) + from_a * sign, n);
-      }
-    }
-  }
-}
-
-// Where a key or value of the t-th token lies: keys in tiles of sixteen tokens, [tiles, width, 16], values as they come.
-inline int64_t in_tile(int64_t t, int64_t d, int64_t width) { return (t / LANES * width + d) * LANES + t % LANES; }
-
-// scores[g][t] = queries[g] . key[t], of the tokens of some tiles.
-template <int G, class T>
-void score(const float* queries, const T* keys, float* scores, int64_t tiles, int64_t width, int64_t room) {
-  for (int64_t tile = 0; tile < tiles; tile++, keys += width * LANES) {
-    Floats even[G] = {}, odd[G] = {};
-    int64_t d = 0;
-    for (; d + 1 < width; d += 2) {
-      Floats key = load(keys + d * LANES), next = load(keys + (d + 1) * LANES);
-      for (int g = 0; g < G; g++) {
-        even[g] += queries[g * width + d] * key;
-        odd[g] += queries[g * width + d + 1] * next;
-      }
-    }
-    if (d < width)
-      for (int g = 0; g < G; g++) even[g] += queries[g * width + d] * load(keys + d * LANES);
-    for (int g = 0; g < G; g++) store(scores + g * room + tile * LANES, even[g] + odd[g]);
-  }
-}
-
-// out[g] += sum_t weights[g][t] value[t], W times sixteen numbers wide.
-template <int G, int W, class T>
-void gather(const float* weights, const T* values, float* out, int64_t tokens, int64_t width, int64_t room, int64_t wide) {
-  Floats found[G][W];
-  for (int g = 0; g < G; g++)
-    for (int i = 0; i < W; i++) found[g][i] = load(out + g * width + i * LANES, wide - i * LANES);
-  for (int64_t t = 0; t < tokens; t++)
-    for (int i = 0; i < W; i++) {
-      Floats value = load(values + t * width + i * LANES, wide - i * LANES);
-      for (int g = 0; g < G; g++) found[g][i] += weights[g * room + t] * value;
-    }
-  for (int g = 0; g < G; g++)
-    for (int i = 0; i < W; i++) store(out + g * width + i * LANES, found[g][i], wide - i * LANES);
-}
-
-template <int G, class T>
-void gather(const float* weights, const T* values, float* out, int64_t tokens, int64_t width, int64_t room) {
-  int64_t i = 0;
-  for (; i + 4 * LANES <= width; i += 4 * LANES) gather<G, 4>(weights, values + i, out + i, tokens, width, room, 4 * LANES);
-  for (; i < width; i += LANES) gather<G, 1>(weights, values + i, out + i, tokens, width, room, width - i < LANES ? width - i : LANES);
-}
-
-// The largest of scale x over the first n, and of `top`.
-inline float top_of(const float* x, int64_t n, float scale, float top) {
-  Floats most = all(top);
-  for (int64_t i = 0; i < n; i += LANES) most = larger(first(load(x + i, n - i) * scale, n - i < LANES ? n - i : LANES, NONE), most);
-  return largest(most);
-}
-
-// x = exp(scale x - level) of the first n, 0 of the others; they are added to `total`.
-inline void weigh(float* x, int64_t n, int64_t columns, float scale, float level, Floats& total) {
-  for (int64_t i = 0; i < columns; i += LANES) {
-    int64_t seen = n - i < 0 ? 0 : n - i < LANES ? n - i : LANES;
-    Floats weight = seen ? first(exp(load(x + i, columns - i) * scale - level), seen, 0.f) : all(0.f);
-    total += weight;
-    store(x + i, weight, columns - i);
-  }
-}
-
-// One query a row: G heads that share keys, over a prompt's tokens and the row's own.
-template <int G, class T>
-void attend(const T* query, const T* prompt_key, const T* prompt_value, int64_t length, const T* key,
-            const T* value, int64_t own, int64_t width, float scale, T* out, std::vector<float>& work) {
-  int64_t tiles = (length + LANES - 1) / LANES, own_tiles = (own + LANES - 1) / LANES, room = (tiles + own_tiles) * LANES;
-  work.resize(G * (room + 2 * width));
-  float *scores = work.data(), *queries = scores + G * room, *found = queries + G * width;
-  for (int g = 0; g < G; g++)
-    for (int64_t d = 0; d < width; d += LANES)
-      store(queries + g * width + d, load(query + g * width + d, width - d) * scale, width - d);
-  score<G>(queries, prompt_key, scores, tiles, width, room);
-  score<G>(queries, key, scores + tiles * LANES, own_tiles, width, room);
-  float totals[G];
-  for (int g = 0; g < G; g++) {
-    float *shared = scores + g * room, *mine = shared + tiles * LANES;
-    float top = top_of(mine, own, 1, top_of(shared, length, 1, NONE));
-    Floats total{};
-    weigh(shared, length, tiles * LANES, 1, top, total);
-    weigh(mine, own, own_tiles * LANES, 1, top, total);
-    totals[g] = sum(total);
-  }
-  memset(found, 0, G * width * sizeof(float));
-  gather<G>(scores, prompt_value, found, length, width, room);
-  gather<G>(scores + tiles * LANES, value, found, own, width, room);
-  for (int g = 0; g < G; g++)
-    for (int64_t d = 0; d < width; d += LANES)
-      store(out + g * width + d, load(found + g * width + d, width - d) / totals[g], width - d);
-}
-
-struct Sizes {
-  int64_t rows, queries, kv, width, longest, own, own_tiles;
-};
-
-// Write down key and value of each row's new token, and read what its query finds.
-//
-// heads [rows, queries + 2 kv, width]: query, key, value; prompt_key [prompts, kv, tiles, width, 16], prompt_value [prompts, kv,
-// longest, width], a prompt has `length` tokens; key [slots, kv, own_tiles, width, 16], value [slots, kv, own_tiles * 16, width], a
-// row's at its slot; out [rows, queries, width]. `own` counts the new token.
-template <class T>
-void attend_token(const T* heads, const T* prompt_key, const T* prompt_value, const int64_t* length, const int64_t* prompt,
-                  const int64_t* slot, T* key, T* value, T* out, const Sizes& n, float scale) {
-  int64_t groups = n.queries / n.kv, tiles = (n.longest + LANES - 1) / LANES, last = n.own - 1;
-#pragma omp parallel
-  {
-    std::vector<float> work;
-#pragma omp for collapse(2)
-    for (int64_t row = 0; row < n.rows; row++)
-      for (int64_t head = 0; head < n.kv; head++) {
-        int64_t at = slot[row] * n.kv + head, from = prompt[row] * n.kv + head;
-        T *keys = key + at * n.own_tiles * n.width * LANES, *values = value + at * n.own_tiles * LANES * n.width;
-        const T *query = heads + row * (n.queries + 2 * n.kv) * n.width, *said = query + (n.queries + head) * n.width;
-        for (int64_t d = 0; d < n.width; d++) keys[in_tile(last, d, n.width)] = said[d];
-        memcpy(values + last * n.width, said + n.kv * n.width, n.width * sizeof(T));
-        const T *read = prompt_key + from * tiles * n.width * LANES, *told = prompt_value + from * n.longest * n.width;
-        auto attend_some = [&](auto some, int64_t one) {
-          int64_t place = (head * groups + one) * n.width;
-          attend<decltype(some)::value>(query + place, read, told, length[prompt[row]], keys, values, n.own, n.width, scale,
-                                        out + row * n.queries * n.width + place, work);
-        };
-        int64_t one = 0;
-        for (; one + 4 <= groups; one += 4) attend_some(std::integral_constant<int, 4>(), one);
-        if (groups - one == 3) attend_some(std::integral_constant<int, 3>(), one);
-        if (groups - one == 2) attend_some(std::integral_constant<int, 2>(), one);
-        if (groups - one == 1) attend_some(std::integral_constant<int, 1>(), one);
-      }
   }
 }
 
@@ -418,17 +201,17 @@ extern "C" void soften_backward_float32(float* g, const float* weights, const fl
 #define EXPORT(T, NAME)                                                                                                         \
   extern "C" void norm_##NAME(const T* x, const T* y, const T* weight, T* total, T* out, float* size, int64_t rows,             \
                               int64_t width, float eps) {                                                                       \
-    norm(x, y, weight, total, out, size, rows, width, eps);                                                                     \
+    _Pragma("omp parallel") norm(x, y, weight, total, out, size, rows, width, eps);                                             \
   }                                                                                                                             \
   extern "C" void norm_backward_##NAME(const T* g, const T* x, const T* weight, const float* size, const T* above, T* out,      \
                                        int64_t rows, int64_t width) {                                                           \
-    norm_backward(g, x, weight, size, above, out, rows, width);                                                                 \
+    _Pragma("omp parallel") norm_backward(g, x, weight, size, above, out, rows, width);                                         \
   }                                                                                                                             \
   extern "C" void gated_##NAME(const T* gate_up, T* out, int64_t rows, int64_t width) {                                         \
-    gated(gate_up, out, rows, width);                                                                                           \
+    _Pragma("omp parallel") gated(gate_up, out, rows, width);                                                                   \
   }                                                                                                                             \
   extern "C" void gated_backward_##NAME(const T* g, const T* gate_up, T* out, int64_t rows, int64_t width) {                    \
-    gated_backward(g, gate_up, out, rows, width);                                                                               \
+    _Pragma("omp parallel") gated_backward(g, gate_up, out, rows, width);                                                       \
   }                                                                                                                             \
   extern "C" void adapt_##NAME(const T* x, const T* a, const T* b, T* y, int64_t rows, int64_t width, int64_t rank,             \
                                int64_t all_columns, int64_t parts, const int64_t* ranks, const int64_t* columns) {              \
@@ -436,14 +219,14 @@ extern "C" void soften_backward_float32(float* g, const float* weights, const fl
   }                                                                                                                             \
   extern "C" void turn_##NAME(T* x, const T* cos, const T* sin, int64_t rows, int64_t heads, int64_t width, int64_t stride,     \
                               float sign) {                                                                                     \
-    turn(x, cos, sin, rows, heads, width, stride, sign);                                                                        \
+    _Pragma("omp parallel") turn(x, cos, sin, rows, heads, width, stride, sign);                                                \
   }                                                                                                                             \
   extern "C" void attend_token_##NAME(const T* heads, const T* prompt_key, const T* prompt_value, const int64_t* length,        \
                                       const int64_t* prompt, const int64_t* slot, T* key, T* value, T* out, int64_t rows,       \
                                       int64_t queries, int64_t kv, int64_t width, int64_t longest, int64_t own, int64_t own_tiles, \
                                       float scale) {                                                                            \
     Sizes sizes{rows, queries, kv, width, longest, own, own_tiles};                                                             \
-    attend_token(heads, prompt_key, prompt_value, length, prompt, slot, key, value, out, sizes, scale);                         \
+    _Pragma("omp parallel") attend_token(heads, prompt_key, prompt_value, length, prompt, slot, key, value, out, sizes, scale); \
   }                                                                                                                             \
   extern "C" void choose_##NAME(const T* logits, const double* uniform, int64_t* token, double* log_prob, int64_t rows,         \
                                 int64_t vocabulary) {                                                                           \

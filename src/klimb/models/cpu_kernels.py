@@ -7,7 +7,7 @@ float32 and bfloat16 on a CPU where there is a compiler (`klimb.models.compiled`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,6 +34,9 @@ SIGNATURES = {
     "soften": "pppiiiiiiipf",
     "reweigh": "ppiiiiiiipif",
     "soften_backward": "pppiif",
+    "lay_out": "ppii",
+    "multiply_few": "pppi",
+    "next_token": "pippppppppiiiiiiiff",
     "attend_packed": "pppppppiiiiiiiif",
     "attend_packed_backward": "ppppppppppppiiiiiiiiif",
 }
@@ -104,6 +107,175 @@ def adapt(y: Tensor, x: Tensor, adapters: Adapters) -> None:
     """Y [N, d_1 + ... + d_n] += x A' B' for few rows x [N, D_in]; all contiguous."""
     a, b, ranks, columns = adapters.a, adapters.b, adapters.ranks, adapters.columns
     _call("adapt", x.dtype, x, a, b, y, *x.shape, a.shape[1], y.shape[1], len(ranks), ranks, columns)
+
+
+@cache
+def multiplies() -> bool:
+    """True where `multiply_few` and `next_token` run and gain over torch's products: on a processor with matrix tiles."""
+    loops = library()
+    return loops is not None and bool(loops.products_ready())
+
+
+LAID = 32
+"""a matrix is laid out in blocks of so many rows and columns, with zeros beyond its edges"""
+
+
+def laid_size(columns: int, width: int) -> int:
+    """How many numbers a matrix [columns, width] has when it is laid out."""
+    return -(-columns // LAID) * LAID * -(-width // LAID) * LAID
+
+
+def lay_out(weight: Tensor, to: Tensor | None = None) -> Tensor:
+    """[D_out, D_in] as products of few rows read it, flat, in memory that is given or new."""
+    weight = weight.contiguous()
+    to = weight.new_empty(laid_size(*weight.shape)) if to is None else to
+    _call("lay_out", weight.dtype, weight, to, *weight.shape)
+    return to
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "a", "b")),
+        *((name, ctypes.c_int64) for name in ("width", "columns", "rank")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", ctypes.c_void_p),
+        ("query_key_value", _Linear),
+        ("output", _Linear),
+        ("mlp_norm", ctypes.c_void_p),
+        ("gate_up", _Linear),
+        ("down", _Linear),
+        *((name, ctypes.c_void_p) for name in ("prompt_key", "prompt_value", "key", "value")),
+    ]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """x W' + bias + (x A') B' for few rows: what is laid out, and what it is made of.
+
+    Attributes:
+        width: D_in.
+        columns: D_out.
+        weight: [D_out, D_in], laid out.
+        bias: [D_out] or None.
+        rank: r, or 0.
+        a: [r, D_in], laid out, or None.
+        b: [D_out, r], laid out, or None.
+    """
+
+    width: int
+    columns: int
+    weight: Tensor
+    bias: Tensor | None = None
+    rank: int = 0
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+    def _told(self) -> _Linear:
+        at = [None if x is None else x.data_ptr() for x in (self.weight, self.bias, self.a, self.b)]
+        return _Linear(*at, self.width, self.columns, self.rank)
+
+
+def multiply_few(x: Tensor, linear: Laid) -> Tensor:
+    """[N, D_in] -> [N, D_out] in bfloat16: x A' is rounded, and the sum of all once. Ask `multiplies` first."""
+    x = x.contiguous()
+    y = x.new_empty(len(x), linear.columns)
+    _call("multiply_few", x.dtype, x, ctypes.addressof(told := linear._told()), y, len(x))
+    del told  # it is read until here
+    return y
+
+
+class Layers:
+    """All layers of a Llama as `next_token` reads them: of each its norms, its four products, and what it remembers.
+
+    Attributes:
+        heads: of queries.
+        kv_heads: of keys.
+        width: of a head.
+        eps: of the norms.
+        scale: what products of query and key are multiplied by.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[Tensor, Laid, Laid, Tensor, Laid, Laid]],
+        last_norm: Tensor,
+        prompts: Sequence[tuple[Tensor, Tensor]],
+        own: Sequence[tuple[Tensor, Tensor]],
+        *,
+        eps: float,
+        scale: float,
+    ):
+        """Norm, query-key-value, output, norm, gate-up and down of each layer; keys and values as `attend_token` has them."""
+        self.held = layers, last_norm, prompts, own  # the addresses are theirs
+        self.told = (_Layer * len(layers))(
+            *(
+                _Layer(
+                    attention_norm.data_ptr(),
+                    *(x._told() for x in (query_key_value, output)),
+                    mlp_norm.data_ptr(),
+                    *(x._told() for x in (gate_up, down)),
+                    *(x.data_ptr() for x in (*of_prompts, *of_rows)),
+                )
+                for (
+                    attention_norm,
+                    query_key_value,
+                    output,
+                    mlp_norm,
+                    gate_up,
+                    down,
+                ), of_prompts, of_rows in zip(layers, prompts, own, strict=True)
+            )
+        )
+        _, self.kv_heads, self.tiles, self.width, _ = own[0][0].shape
+        self.heads, self.longest = layers[0][2].width // self.width, prompts[0][1].shape[2]
+        self.eps, self.scale, self.last_norm = eps, scale, last_norm
+
+
+def next_token(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layers: Layers,
+    lengths: Tensor,
+    prompt: Tensor,
+    slot: Tensor,
+    written: int,
+) -> Tensor:
+    """[R, D] embedded tokens, which are used up, through all layers and the last norm; keys and values are written down.
+
+    Args:
+        x: [R, D], contiguous.
+        cos: [R, 1, w] of each row's position.
+        sin: likewise.
+        layers: all of them.
+        lengths: [P] tokens of each prompt.
+        prompt: [R] of each row.
+        slot: [R] where each row's own tokens lie.
+        written: tokens of each row, with this one.
+    """
+    assert (
+        all(t.is_contiguous() for t in (x, cos, sin, lengths, prompt, slot))
+        and written <= layers.tiles * LANES
+    )
+    out = torch.empty_like(x)
+    where = (lengths, prompt, slot, len(x), layers.heads, layers.kv_heads, layers.width)
+    sizes = (layers.longest, written, layers.tiles, layers.eps, layers.scale)
+    told = ctypes.addressof(layers.told)
+    _call("next_token", x.dtype, told, len(layers.told), x, cos, sin, layers.last_norm, out, *where, *sizes)
+    return out
+
+
+def large_pages(like: Tensor, *shape: int) -> Tensor:
+    """Memory for tensors that are read from end to end again and again, not filled: in large pages, where the system has them."""
+    memory = like.new_empty(shape)
+    loops = library()
+    if loops is not None:
+        loops.in_large_pages(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(memory.nbytes))
+    return memory
 
 
 def turn(heads: Tensor, count: int, cos: Tensor, sin: Tensor, *, back: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Llama's layers for drawing on a CPU: matrix products, and one compiled loop for all that is between two of them.
 
 R rows (completions still running) of P prompts, D hidden width, L prompt tokens, T completion tokens. As `klimb.models.llama`, of whose dozens of
-operations a layer, most of them smaller than the call that makes them, twelve are left. A prompt's memory is read where it lies by all of
-its completions; keys lie in tiles of sixteen tokens, as the loop over them reads; a row that ended leaves its place unused.
+operations a layer, most of them smaller than the call that makes them, twelve are left, or, in bfloat16 on a processor with matrix tiles,
+one call for all layers. A prompt's memory is read where it lies by all of its completions; keys lie in tiles of sixteen tokens, as the loop over them reads; a row that ended leaves its place unused.
 Same numbers as the model's own forward pass up to rounding. Nothing is differentiable.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from klimb.models import cpu_kernels
-from klimb.models.products import OfFew, of_few
+from klimb.models.products import OfFew, by_tiles, laid_for_few, of_few
 from klimb.models.written_out import Layer, is_llama_like
 
 
@@ -62,35 +62,17 @@ class LoopDecoder:
         num_draws: int,
         longest: int,
     ):
-        self.body = model.get_decoder()
-        self.eps, self.scale = self.body.norm.variance_epsilon, self.body.layers[0].self_attn.scaling
-        self.layers = [
-            _Layer(
-                layer.attention_norm.weight.detach(),
-                of_few(layer.query_key_value),
-                of_few(layer.output),
-                layer.mlp_norm.weight.detach(),
-                of_few(layer.gate_up),
-                of_few(layer.down),
-            )
-            for layer in layers
-        ]
-        self.prompt = torch.arange(len(lengths)).repeat_interleave(num_draws)
+        self.body, attention = model.get_decoder(), model.get_decoder().layers[0].self_attn
+        self.eps, self.scale = self.body.norm.variance_epsilon, attention.scaling
+        self.lengths, self.prompt = lengths, torch.arange(len(lengths)).repeat_interleave(num_draws)
         self.slot = torch.arange(len(self.prompt))
         self.position, self.length = lengths[self.prompt], 0
-        self.prompts = [(cpu_kernels.tiled(k), v.contiguous(), lengths) for k, v in remembered]
-        key = remembered[0][0]
-        _, kv, _, width = key.shape
-        self.kv, self.width = kv, width
-        tiles = max(1, -(-longest // cpu_kernels.LANES))
-        rows, room = len(self.prompt), key.new_zeros
-        self.own = [
-            (
-                room(rows, kv, tiles, width, cpu_kernels.LANES),
-                room(rows, kv, tiles * cpu_kernels.LANES, width),
-            )
-            for _ in remembered
-        ]
+        self.prompts = [(cpu_kernels.tiled(k), v.contiguous()) for k, v in remembered]
+        _, self.kv, _, self.width = remembered[0][0].shape
+        self.own = _room(remembered, len(self.prompt), max(1, -(-longest // cpu_kernels.LANES)))
+        whole = by_tiles(self.body.norm.weight)
+        self.whole = self._whole(layers) if whole else None
+        self.layers = [] if whole else [_of_few(layer) for layer in layers]
 
     def keep(self, kept: Tensor) -> None:
         """Forget all rows but these."""
@@ -102,13 +84,55 @@ class LoopDecoder:
         x = self.body.embed_tokens(tokens)
         cos, sin = self.body.rotary_emb(x, position_ids=(self.position + self.length)[:, None])
         self.length += 1
+        if self.whole is None:
+            return self._layer_by_layer(x, cos, sin)
+        where = (self.lengths, self.prompt, self.slot, self.length)
+        return cpu_kernels.next_token(x, cos, sin, self.whole, *where)
+
+    def _layer_by_layer(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y = None
         for i, layer in enumerate(self.layers):
             read, _, x = cpu_kernels.norm(x, layer.attention_norm, self.eps, y)
             heads = layer.query_key_value(read).view(len(x), -1, self.width)
             cpu_kernels.turn(heads, heads.shape[1] - self.kv, cos, sin)
-            what = (self.prompts[i], self.own[i], self.prompt, self.slot, self.length, self.scale)
+            prompts = (*self.prompts[i], self.lengths)
+            what = (prompts, self.own[i], self.prompt, self.slot, self.length, self.scale)
             y = layer.output(cpu_kernels.attend_token(heads, *what))
             read, _, x = cpu_kernels.norm(x, layer.mlp_norm, self.eps, y)
             y = layer.down(cpu_kernels.gated(layer.gate_up(read)))
         return cpu_kernels.norm(x, self.body.norm.weight, self.eps, y)[0]
+
+    def _whole(self, layers: Sequence[Layer]) -> cpu_kernels.Layers:
+        products = [p for x in layers for p in (x.query_key_value, x.output, x.gate_up, x.down)]
+        laid = iter(laid_for_few(products, self.body))
+        told = [
+            (
+                *(layer.attention_norm.weight.detach(), next(laid), next(laid)),
+                *(layer.mlp_norm.weight.detach(), next(laid), next(laid)),
+            )
+            for layer in layers
+        ]
+        last = self.body.norm.weight.detach()
+        return cpu_kernels.Layers(told, last, self.prompts, self.own, eps=self.eps, scale=self.scale)
+
+
+def _of_few(layer: Layer) -> _Layer:
+    return _Layer(
+        layer.attention_norm.weight.detach(),
+        of_few(layer.query_key_value),
+        of_few(layer.output),
+        layer.mlp_norm.weight.detach(),
+        of_few(layer.gate_up),
+        of_few(layer.down),
+    )
+
+
+def _room(remembered: Sequence[tuple[Tensor, Tensor]], rows: int, tiles: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, keys [R, K, tiles, w, 16] and values [R, K, 16 tiles, w], not filled; what is not written yet is not heeded."""
+    key = remembered[0][0]
+    _, kv, _, width = key.shape
+    lanes = cpu_kernels.LANES
+    memory = cpu_kernels.large_pages(key, len(remembered), 2, rows * kv * tiles * width * lanes)
+    return [
+        (k.view(rows, kv, tiles, width, lanes), v.view(rows, kv, tiles * lanes, width)) for k, v in memory
+    ]

@@ -206,17 +206,46 @@ def of_few(product: Product) -> OfFew:
     return OfFew(product.weights[0], product.bias, adapters)
 
 
+def laid_for_few(products: Sequence[Product], keeper: nn.Module) -> list[cpu_kernels.Laid]:
+    """The same products for few rows by the processor's tiles: weights in one piece of memory, kept beside `keeper` until one changes."""
+    parts = [[part.weight.detach() for part in product.parts] for product in products]
+    name = tuple(_version(weight) for weights in parts for weight in weights)
+    kept = keeper.__dict__.get("laid_for_few")
+    if kept is None or kept[0] != name:
+        kept = keeper.__dict__["laid_for_few"] = (name, _laid_together(parts))
+    return [_laid(product, weight) for product, weight in zip(products, kept[1], strict=True)]
+
+
+def _laid_together(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    sizes = [cpu_kernels.laid_size(sum(map(len, weights)), weights[0].shape[1]) for weights in parts]
+    laid = list(cpu_kernels.large_pages(parts[0][0], sum(sizes)).split(sizes))
+    for weights, to in zip(parts, laid, strict=True):
+        cpu_kernels.lay_out(torch.cat(list(weights)) if len(weights) > 1 else weights[0], to)
+    return laid
+
+
+def _laid(product: Product, weight: Tensor) -> cpu_kernels.Laid:
+    columns, width = sum(len(part.weight) for part in product.parts), product.parts[0].weight.shape[1]
+    if product.adapter is None:
+        return cpu_kernels.Laid(width, columns, weight, product.bias)
+    a, b = product.adapter
+    return cpu_kernels.Laid(
+        width, columns, weight, product.bias, len(a), cpu_kernels.lay_out(a), cpu_kernels.lay_out(b.t())
+    )
+
+
 def forget_laid_out(model: nn.Module) -> None:
     """Forget the copies that were laid out for the processor: of layers that are split over ranks, which come and go unversioned."""
     for module in model.modules():
-        module.__dict__.pop("laid_out", None)
+        for name in ("laid_out", "laid_for_few"):
+            module.__dict__.pop(name, None)
 
 
 def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tensor, ...], bool]:
     """The weights; on a CPU above one another, packed where it gains by it, kept beside the first until one changes."""
     if weights[0].device.type != "cpu":  # a copy would cost memory that a large model has not
         return tuple(w.detach() for w in weights), False
-    name = tuple((w.data_ptr(), w._version, w.dtype, len(w)) for w in weights)
+    name = tuple(_version(w) for w in weights)
     kept = keeper.__dict__.get("laid_out")
     if kept is not None and kept[0] == name:
         return kept[1], kept[2]
@@ -228,11 +257,28 @@ def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tenso
     return (weight,), packs
 
 
+def by_tiles(weight: Tensor) -> bool:
+    """True where products of few rows go by the processor's tiles."""
+    return weight.is_cpu and weight.dtype == torch.bfloat16 and cpu_kernels.multiplies()
+
+
+def _version(weight: Tensor) -> tuple[Any, ...]:
+    """What is another after the weight has changed."""
+    return weight.data_ptr(), weight._version, weight.dtype, len(weight)
+
+
 def laid_out_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The map x [N, D_in] -> x weight' + bias [N, D_out], not differentiable; on a CPU of a weight laid out for the processor."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if not _packs(weight):
         return partial(nn.functional.linear, weight=weight, bias=bias)
+    if by_tiles(weight):
+        columns, width = weight.shape
+        to = cpu_kernels.large_pages(weight, cpu_kernels.laid_size(columns, width))
+        return partial(
+            cpu_kernels.multiply_few,
+            linear=cpu_kernels.Laid(width, columns, cpu_kernels.lay_out(weight, to), bias),
+        )
     packed = _packed(weight)
     return lambda x: _packed_linear(x, packed, bias)
 
