@@ -257,10 +257,8 @@ def next_token(
         slot: [R] where each row's own tokens lie.
         written: tokens of each row, with this one.
     """
-    assert (
-        all(t.is_contiguous() for t in (x, cos, sin, lengths, prompt, slot))
-        and written <= layers.tiles * LANES
-    )
+    assert all(t.is_contiguous() for t in (x, cos, sin, lengths, prompt, slot))
+    assert written <= layers.tiles * LANES
     out = torch.empty_like(x)
     where = (lengths, prompt, slot, len(x), layers.heads, layers.kv_heads, layers.width)
     sizes = (layers.longest, written, layers.tiles, layers.eps, layers.scale)
