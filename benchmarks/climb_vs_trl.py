@@ -28,6 +28,7 @@ from climb_records import best_rates, file_name, missing, read, tables
 
 HERE = Path(__file__).resolve().parent
 LAST_LAYERS = {"kind": "lora", "r": 2, "alpha": 4, "layers": 12}
+RANK_8 = LAST_LAYERS | {"r": 8, "alpha": 16}
 REPLAY = {"num_plan_draws": 16, "num_replay": 8}
 # name -> what it is called; whose trainer; options of klimb's configuration (for TRL the family alone)
 METHODS = {
@@ -46,7 +47,13 @@ METHODS = {
         "klimb",
         {"family": LAST_LAYERS, "method": "reverse_kl", "num_replay": 0},
     ),
+    "klimb_log_variance_8": (
+        "klimb log_variance, replay, the plan's pool first, rank 8, average of the last weights",
+        "klimb",
+        {"family": RANK_8, "method": "log_variance", "ema_decay": 0.9, **REPLAY},
+    ),
     "trl_rloo": ("trl RLOOTrainer", "RLOOTrainer", {"family": LAST_LAYERS}),
+    "trl_rloo_8": ("trl RLOOTrainer, rank 8", "RLOOTrainer", {"family": RANK_8}),
     "trl_grpo": ("trl GRPOTrainer", "GRPOTrainer", {"family": LAST_LAYERS}),
 }
 

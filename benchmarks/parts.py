@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from step_vs_trl import peak_memory, prompts
+from step_vs_trl import contiguous_head, peak_memory, prompts
 
 HERE = Path(__file__).resolve().parent
 DRAWS, TOKENS, LONG_PROMPT = 8, 64, 256
@@ -83,7 +83,7 @@ def loaded(options):
     from klimb.models.policy import CausalPolicy
 
     model, tokenizer = load_model(options.model, device=options.device)
-    model.requires_grad_(False)
+    model = contiguous_head(model.requires_grad_(False))  # the peer's; klimb reads the head's weight
     return CausalPolicy(model, tokenizer, end=(model.config.vocab_size,))  # no completion ends early
 
 

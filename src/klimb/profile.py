@@ -154,15 +154,31 @@ def memory_used(model: Iterable[Tensor], optimizer: torch.optim.Optimizer) -> di
     kept = [w for group in optimizer.param_groups for w in group["params"]]
     kept += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     beside = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
-    unit = 1 if sys.platform == "darwin" else 1024
     found = {
         "weights": sum(weights.values()),
         "optimizer": sum(n for place, n in beside.items() if place not in weights),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak": peak_of_process(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found["device_peak"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def peak_of_process() -> int:
+    """Bytes that this process has held at most.
+
+    The system's account of resources (`ru_maxrss`) begins with what the program held that started this one, so Linux is asked for
+    the memory itself.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_profile(path: Path, seen: Seen, memory: dict[str, int]) -> dict[str, Any]:

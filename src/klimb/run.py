@@ -205,6 +205,10 @@ def _held_run(
         )
     ranks.from_first(partial(hold, path, until_done, watch))
     ranks.from_first(partial(begin, loaded, path, resume))
+    if resume and ranks.first and (differs := store.differs_now(path)):
+        watch.event(
+            "warning", f"{path} was begun with {'; '.join(differs)}: what follows may be rounded otherwise"
+        )
     outcome = Outcome(path, config.beta)
     pool = None
     if "plan" in verbs:

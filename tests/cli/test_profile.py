@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +111,16 @@ def test_a_training_stopped_after_the_step_that_was_looked_at(tiny_run, options,
     assert outcome.interrupted
     assert [s["step"] for s in outcome.profile["steps"]] == [2]
     assert (tmp_path / "run/trace.json.gz").stat().st_size < 3e6
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere there is only the system's account of resources"
+)
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    """A program that holds two gigabytes starts one that imports klimb's profiler: the account of resources gives it both."""
+    child = "import resource; from klimb.profile import peak_of_process; print(peak_of_process(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    parent = f"import subprocess, sys; held = b'x' * 2_000_000_000; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    ours, account = map(int, done.stdout.split())
+    assert 1e7 < ours < 1.5e9
+    assert account * 1024 > 1.9e9

@@ -172,6 +172,35 @@ def test_asked_to_stop_and_resumed(config, interrupted, whole):
     assert a == b
 
 
+def resumed_warnings(config):
+    said = []
+    climb(
+        config,
+        resume=True,
+        watch=Watch(event=lambda kind, what: said.append(what) if kind == "warning" else None),
+    )
+    return [line for line in said if "was begun with" in line]
+
+
+def test_a_run_that_goes_on_under_other_versions_or_without_the_loops_says_so(config, interrupted):
+    file = interrupted / "env.json"
+    env = json.loads(file.read_text())
+    env["versions"]["torch"] = "1.0"
+    env["compiled_loops"] = not env["compiled_loops"]
+    file.write_text(json.dumps(env))
+    (line,) = resumed_warnings(config)
+    assert "torch 1.0, now " in line
+    assert "compiled loops, now " in line
+    assert "numpy" not in line
+
+
+@pytest.mark.parametrize("env", ["as it was", "gone"])
+def test_a_run_that_goes_on_as_it_began_says_nothing_of_versions(config, interrupted, env):
+    if env == "gone":  # of a run that is older than the file
+        (interrupted / "env.json").unlink()
+    assert resumed_warnings(config) == []
+
+
 def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(config, interrupted, whole):
     """Options of today that its config.yaml lacks, also one of the family, mean what they mean to whoever leaves them out."""
     file = interrupted / "config.yaml"

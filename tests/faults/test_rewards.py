@@ -189,6 +189,15 @@ def test_an_exception_shows_where_and_on_what(tmp_path):
     )
 
 
+@pytest.mark.parametrize("status", ["", "0", "'no key'"])
+def test_a_reward_that_ends_the_process_is_an_error(tmp_path, status):
+    """As exit(0) it would look like a run that went well."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"import sys\n\n\ndef reward(completions, **columns):\n    sys.exit({status})\n")
+    with pytest.raises(ValueError, match=rf"reward reward failed: SystemExit: .*\({path}:5\)"):
+        score(load_reward(f"{path}:reward"), make_draws())
+
+
 def test_draws_without_texts_and_reserved_columns():
     draws = make_draws()
     with pytest.raises(ValueError, match="draws without texts"):
@@ -206,6 +215,7 @@ LOADING = {  # spec (folder filled in), what the message must say
     "not a function": ("{0}/mine.py:SCALE", r"got int 3, expected a function"),
     "syntax error": ("{0}/broken.py:reward", r"broken.py: importing it failed: SyntaxError: "),
     "import error": ("{0}/needy.py:reward", r"importing it failed: ModuleNotFoundError: No module named 'not_there'.*needy.py:2"),
+    "ends itself": ("{0}/quits.py:reward", r"importing it failed: SystemExit: 0 \(.*quits.py:2\)"),
     "missing module": ("no_such_package.x:reward", r"importing this module failed: ModuleNotFoundError"),
     "half a spec": (":reward", r"expected file.py:function or package.module:function"),
     "no such model": ("{0}/nothing", r"reward model .*nothing: cannot be loaded"),
@@ -220,6 +230,7 @@ def test_bad_specs_are_refused(tmp_path, monkeypatch, case):
     )
     (tmp_path / "broken.py").write_text("def reward(:\n")
     (tmp_path / "needy.py").write_text("\nimport not_there\n")
+    (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
     spec, message = LOADING[case]
     with pytest.raises(ValueError, match=message):
         load_reward(spec.format(tmp_path))

@@ -1,4 +1,4 @@
-"""The loops of `cpu_kernels.cpp` and `cpu_attention.cpp` as a library, compiled once for a machine by the C++ compiler that is there.
+"""The loops of the `cpu_*.cpp` beside this file as a library, compiled once for a machine by the C++ compiler that is there.
 
 Kept in the user's cache under a name made of the source, the compiler and the processor, so another of these compiles anew. On
 Linux with g++ (or what the variable CXX names) and the OpenMP that torch has loaded, which is GCC's: a second one beside it would bring

@@ -47,7 +47,7 @@ def _called(
     try:
         result = reward(**arguments)
         return _awaited(result) if inspect.isawaitable(result) else result
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script's exit() would end the run as if all were well
         if isinstance(error, Unscored):
             raise Unscored(f"reward {name}: {error}", error.values, error.missing) from error
         if isinstance(error, ValueError) and type(reward).__module__.startswith("klimb.rewards."):

@@ -115,7 +115,7 @@ def _module_from_file(path: Path) -> ModuleType:
     try:
         with _searching(path.resolve().parent):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself
         del sys.modules[name]
         raise ValueError(f"{path}: importing it failed: {raised(error, str(path))}") from error
     return module
@@ -125,7 +125,7 @@ def _module_by_name(name: str) -> ModuleType:
     try:
         with _searching(Path.cwd()):
             return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{name}: importing this module failed: {raised(error, None)}") from error
 
 

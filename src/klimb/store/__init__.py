@@ -22,6 +22,7 @@ from klimb.store.rows import check_new, write_rows
 from klimb.store.run import (
     check_free,
     create_run,
+    differs_now,
     draws_path,
     environment,
     held,
@@ -53,6 +54,7 @@ __all__ = [
     "check_free",
     "check_new",
     "create_run",
+    "differs_now",
     "draws_path",
     "environment",
     "hash_of",

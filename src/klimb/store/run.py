@@ -18,7 +18,7 @@ import yaml
 from klimb.models.compiled import library
 from klimb.nearest import nearest_run
 from klimb.store.parts import unfinished
-from klimb.store.whole import as_yaml, clear_interrupted, remove_whole, write_json, write_yaml
+from klimb.store.whole import as_yaml, clear_interrupted, read_json, remove_whole, write_json, write_yaml
 
 NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.ENOSYS)
 PACKAGES = (
@@ -147,6 +147,24 @@ def undo_run(run: str | Path) -> None:
     for folder in (run / "draws", run / "checkpoints", run):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def differs_now(run: str | Path) -> list[str]:
+    """Of what numbers are rounded by: that in which this process differs from the one that began the run, each as "torch 2.13.0, now 2.14.0".
+
+    A run goes on to the same numbers bit by bit only where there is none.
+    """
+    file = Path(run) / "env.json"
+    found, now = read_json(file) if file.exists() else {}, environment()
+    pairs = [("python", found.get("python"), now["python"])]
+    pairs += [(name, found.get("versions", {}).get(name), now["versions"][name]) for name in PACKAGES]
+    lines = [f"{name} {then}, now {today}" for name, then, today in pairs if then not in (None, today)]
+    loops = found.get("compiled_loops")
+    if loops not in (None, now["compiled_loops"]):
+        lines.append(
+            f"{'compiled loops' if loops else 'no compiled loops'}, now {'none' if loops else 'with them'}"
+        )
+    return lines
 
 
 def environment(*, seed: int | None = None, reward_hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
