@@ -1,7 +1,7 @@
-"""How the cost of drawing, scoring and learning grows, and how near a training pass comes to what the processor can do.
+"""How the cost of drawing, scoring and learning grows.
 
     python benchmarks/growth.py                        # about ten minutes on two cores
-    python benchmarks/growth.py --only lengths roofline --rounds 3
+    python benchmarks/growth.py --only lengths model --rounds 3
     python benchmarks/growth.py --svg growth.svg       # needs the extra report
 
     lengths        4 prompts x 4 generations x 32 ... 512 tokens
@@ -9,7 +9,6 @@
     prompts        8 ... 128 prompts x 4 x 16 tokens
     vocabulary     a random model of 4 layers, 4096 ... 131072 words
     model          random models of 2 to 30 layers, 64 to 576 wide
-    roofline       the training pass of 8 prompts x 8 x 32 tokens, and the rate of its own matrix products
 
 No completion ends early. Seconds are the median of the rounds after a warm-up; what counts is seconds per token along a row: flat, or
 falling, is growth no faster than the tokens. Attention over a completion's own tokens is the one part whose work per token
@@ -40,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    themes = [*GRID, "vocabulary", "model", "roofline"]
+    themes = [*GRID, "vocabulary", "model"]
     parser.add_argument("--only", nargs="+", choices=themes, default=themes)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--model", default="smollm2-135m")
@@ -56,16 +55,12 @@ def main():
     print("| what grows | tokens | draw | score | learn |\n|---|---|---|---|---|", flush=True)
     rows = []
     for theme in options.only:
-        if theme == "roofline":
-            continue
         for name, size, seconds, tokens in measured(theme, options):
             each = {part: 1e3 * seconds[part] / tokens for part in PARTS}
             rows += [{"what": theme, "size": size, "part": p, "ms": each[p], "tokens": tokens} for p in PARTS]
             print(f"| {name} | {tokens} | " + " | ".join(f"{each[p]:.2f}" for p in PARTS) + " |", flush=True)
     if options.svg:
         drawn(rows, options.svg)
-    if "roofline" in options.only:
-        print("\n" + roofline(options))
 
 
 def measured(theme, options):
@@ -198,80 +193,6 @@ def now(options):
     if options.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def roofline(options):
-    """The training pass's own products against the rate of the same products alone."""
-    policy, reference = loaded(options)
-    shape = (8, 8, 32)
-    rounds = argparse.Namespace(rounds=max(options.rounds, 3), device=options.device)
-    seconds, tokens = timed(policy, reference, shape, rounds)
-    config = policy.model.config
-    dtype, device = policy.model.dtype, policy.device
-    width, inner = config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * config.head_dim
-    shapes = [
-        (width, width),
-        (width, keys),
-        (width, keys),
-        (width, width),
-        (width, inner),
-        (width, inner),
-        (inner, width),
-    ]
-    read = sum(len(policy.render(e)) for e in examples(shape[0])) + tokens - shape[0] * shape[1]
-    chunk = torch.randn(min(read, policy.chunk_tokens), width, dtype=dtype, device=device)
-    best = 0.0
-    for wide in (width, inner):
-        weight = torch.randn(wide, width, dtype=dtype, device=device)
-        once = seconds_of(
-            lambda weight=weight: [torch.nn.functional.linear(chunk, weight) for _ in range(50)], rounds
-        )
-        best = max(best, 50 * 2 * len(chunk) * wide * width / once)
-    layers = 2 * read * config.num_hidden_layers * sum(a * b for a, b in shapes)
-    head = 2 * tokens * config.vocab_size * width
-    forward, whole = (
-        layers + head,
-        2 * (layers + head),
-    )  # frozen weights: a backward pass is one product a layer, as a forward pass
-    lines = [
-        f"this machine multiplies {str(dtype).removeprefix('torch.')} at {best / 1e9:.0f} GFLOP/s (the shapes of a layer, alone)\n",
-        "| pass | products, GFLOP | seconds | GFLOP/s | share of the rate |\n|---|---|---|---|---|",
-    ]
-    for name, work, took in (("score", forward, seconds["score"]), ("learn", whole, seconds["learn"])):
-        lines.append(
-            f"| {name} | {work / 1e9:.0f} | {took:.2f} | {work / took / 1e9:.0f} | {work / took / best:.0%} |"
-        )
-    lines.append("\nof the learning pass, by what it was spent on (a profiler's share, percent):\n")
-    return "\n".join(lines) + where(policy, shape, options)
-
-
-def where(policy, shape, options):
-    """The pass once more under the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from klimb.data import chunks
-    from klimb.samplers.ancestral import ancestral
-    from klimb.spans import kind_of_operation
-
-    draws = ancestral(
-        policy,
-        examples(shape[0]),
-        shape[1],
-        generator=torch.Generator().manual_seed(0),
-        max_completion_length=shape[2],
-    )
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for group in chunks(draws, policy.chunk_tokens):
-            policy.log_prob(group).sum().backward()
-    found = {}
-    for event in seen.key_averages():
-        kind = kind_of_operation(event.key)
-        found[kind] = found.get(kind, 0.0) + event.self_cpu_time_total
-    total = sum(found.values())
-    return "; ".join(
-        f"{kind} {x / total:.0%}" for kind, x in sorted(found.items(), key=lambda pair: -pair[1])
-    )
 
 
 def drawn(rows, path):
