@@ -201,7 +201,12 @@ def drawn(rows, path):
 
     base = alt.Chart(alt.Data(values=rows)).mark_line(point=True)
     chart = base.encode(
-        x=alt.X("size:Q", scale=alt.Scale(type="log"), title=None),
+        x=alt.X(
+            "size:Q",
+            scale=alt.Scale(type="log", nice=False, padding=12),
+            axis=alt.Axis(grid=False, tickCount=3, format="~s"),
+            title=None,
+        ),
         y=alt.Y("ms:Q", scale=alt.Scale(zero=True), title="ms a completion token"),
         color=alt.Color("part:N", title=None),
     ).properties(width=220, height=160)

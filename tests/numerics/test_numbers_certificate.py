@@ -207,6 +207,23 @@ def test_a_policy_out_of_reach_of_the_reference_is_called_out():
     assert not any("mean of pi/ref" in w for w in fine.warnings)
 
 
+def test_a_faultless_policy_is_hardly_ever_called_out():
+    """The weights pi/ref are skewed: an interval alone would call out a policy whose draws and scores are exact."""
+    called, outside = 0, 0
+    for seed in range(200):
+        r, log_ref, _ = space(12, atoms=200, seed=seed)
+        noise = torch.randn(
+            log_ref.shape, generator=torch.Generator().manual_seed(seed + 3000), dtype=log_ref.dtype
+        )
+        log_pi = torch.log_softmax(log_ref + 1.7 * noise, -1)
+        mine, theirs = draw(log_pi, 16, seed + 1000), draw(log_ref, 16, seed + 2000)
+        c = from_atoms(r, log_pi, log_ref, mine, theirs, beta=0.7, num_resamples=200)
+        called += any("mean of pi/ref" in w for w in c.warnings)
+        outside += abs(c.overlap.value - 1) > 0.1 and not c.overlap.low <= 1 <= c.overlap.high
+    assert called <= 4  # 1
+    assert outside >= 10  # 16: what the interval alone says
+
+
 def test_what_is_refused():
     r, log_ref, log_p = space(8)
     mine = draw(log_ref, 4, 0)

@@ -318,7 +318,10 @@ def _infinite(gap: Estimate, reference: Tensor) -> tuple[str, ...]:
 
 
 def _uncovered(overlap: Estimate) -> tuple[str, ...]:
-    if overlap.low <= 1 <= overlap.high or abs(overlap.value - 1) <= 0.1:
+    # such weights are skewed, so that a faultless policy at 0.7 to 2 nats is outside of its interval in 7 to 27 % of certificates; at
+    # twice the interval's reach it is in 1 to 8 % (LOG.md, 2026-11-28)
+    reach = overlap.high - overlap.value if overlap.value < 1 else overlap.value - overlap.low
+    if abs(overlap.value - 1) <= max(0.1, 2 * reach):
         return ()
     return (
         f"the mean of pi/ref over the reference's draws is {overlap}, not 1: the policy puts mass where the "
