@@ -15,6 +15,8 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import step_vs_trl
 import torch
@@ -42,15 +44,14 @@ def main():
         """Learn from the batch; before it the processor's rate, around it the clock."""
         lengths = draws.lengths.sum().item()
         rows = sum(len(policy.render(e)) for e in draws.examples) + lengths - draws.lengths.numel()
-        products = [layer for layer in policy.model.modules() if isinstance(layer, torch.nn.Linear)]
         square = max(rate(n, n, n, policy.model.dtype) for n in SQUARES)
         own = rate_of_layer(policy.model, rows)
-        clock.on = bool(rounds) or clock.warm
+        clock.on = clock.warm
         begin = time.perf_counter()
         found = inside(policy, draws, *args, **more)
         seconds = time.perf_counter() - begin
         if clock.on:
-            done = operations(products, policy, rows, lengths)
+            done = operations(policy, rows, lengths)
             rounds.append({"seconds": seconds, "rate": done / seconds, "square": square, "own": own})
         clock.on, clock.warm = False, True
         return found
@@ -92,9 +93,6 @@ class Clock:
 
     def watching(self):
         """Watch klimb's functions on the packed road of a CPU, until the context is left."""
-        from contextlib import ExitStack
-        from unittest.mock import patch
-
         from klimb.models import logprob, products, shared_attention, tiled_attention, written_out
 
         parts = {
@@ -162,12 +160,12 @@ def rate_of_layer(model, rows):
     return 2 * rows * sum(a * b for a, b in shapes) / seconds
 
 
-def operations(linears, policy, rows, predicted):
+def operations(policy, rows, predicted):
     """Floating point operations of a pass over so many rows, of which some predict."""
     head = policy.model.get_output_embeddings().weight
-    narrow = {id(x) for x in policy.trainable}
-    frozen = sum(x.weight.numel() for x in linears if id(x.weight) not in narrow and x.weight is not head)
-    adapters = sum(x.numel() for x in policy.trainable)
+    weights = [layer.weight for layer in policy.model.modules() if isinstance(layer, torch.nn.Linear)]
+    frozen = sum(w.numel() for w in weights if not w.requires_grad and w is not head)
+    adapters = sum(w.numel() for w in weights if w.requires_grad)
     return 2 * (rows * (2 * frozen + 3 * adapters) + 2 * predicted * head.numel())
 
 

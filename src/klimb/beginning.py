@@ -33,3 +33,11 @@ def begin(loaded: Loaded, path: Path, resume: bool) -> None:
         store.create_run(
             path, config=config.model_dump(), seed=config.seed, reward_hashes=reward_hashes(loaded)
         )
+
+
+def say_what_differs(path: Path, watch: Watch) -> None:
+    """Of a run that goes on: in what this process rounds otherwise than the one that began it, if in anything."""
+    if differs := store.differs_now(path):
+        watch.event(
+            "warning", f"{path} was begun with {'; '.join(differs)}: what follows may be rounded otherwise"
+        )

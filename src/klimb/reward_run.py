@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from klimb import store
+from klimb.beginning import say_what_differs
 from klimb.comparisons import load_judged
 from klimb.config import Config, Lora, load
 from klimb.loaded import generator_for, options_of
@@ -62,6 +63,7 @@ def learned_reward(
         written = load(path / "config.yaml").model_dump()  # options that came later than the run by default
         moved = {**config.model_dump(), "output_dir": written["output_dir"]}  # as a directory may be
         store.create_run(path, config=moved, resume=True, written=written)
+        say_what_differs(path, watch)
     else:
         store.create_run(path, config=config.model_dump(), seed=config.seed)
     with tracked(watch, config, path) as told:

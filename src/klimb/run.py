@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from klimb import store
-from klimb.beginning import begin, hold
+from klimb.beginning import begin, hold, say_what_differs
 from klimb.config import Config
 from klimb.judging import kept_pool
 from klimb.loaded import Loaded, prepare
@@ -205,10 +205,8 @@ def _held_run(
         )
     ranks.from_first(partial(hold, path, until_done, watch))
     ranks.from_first(partial(begin, loaded, path, resume))
-    if resume and ranks.first and (differs := store.differs_now(path)):
-        watch.event(
-            "warning", f"{path} was begun with {'; '.join(differs)}: what follows may be rounded otherwise"
-        )
+    if resume:
+        ranks.from_first(partial(say_what_differs, path, watch))
     outcome = Outcome(path, config.beta)
     pool = None
     if "plan" in verbs:

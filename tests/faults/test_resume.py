@@ -182,16 +182,28 @@ def resumed_warnings(config):
     return [line for line in said if "was begun with" in line]
 
 
-def test_a_run_that_goes_on_under_other_versions_or_without_the_loops_says_so(config, interrupted):
-    file = interrupted / "env.json"
-    env = json.loads(file.read_text())
+def begun_elsewhere(run):
+    """As if another torch had begun it, and with the loops where there are none now, or without."""
+    env = json.loads((run / "env.json").read_text())
     env["versions"]["torch"] = "1.0"
     env["compiled_loops"] = not env["compiled_loops"]
-    file.write_text(json.dumps(env))
+    (run / "env.json").write_text(json.dumps(env))
+
+
+def test_a_run_that_goes_on_under_other_versions_or_without_the_loops_says_so(config, interrupted):
+    begun_elsewhere(interrupted)
     (line,) = resumed_warnings(config)
     assert "torch 1.0, now " in line
     assert "compiled loops, now " in line
     assert "numpy" not in line
+
+
+def test_a_reward_model_that_goes_on_under_other_versions_says_so(rewarding, tmp_path):
+    config = at(rewarding, tmp_path / "run")
+    begun_elsewhere(stopped_after(4, config))
+    (line,) = resumed_warnings(config)
+    assert "torch 1.0, now " in line
+    assert "compiled loops, now " in line
 
 
 @pytest.mark.parametrize("env", ["as it was", "gone"])

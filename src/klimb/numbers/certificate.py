@@ -318,8 +318,8 @@ def _infinite(gap: Estimate, reference: Tensor) -> tuple[str, ...]:
 
 
 def _uncovered(overlap: Estimate) -> tuple[str, ...]:
-    # such weights are skewed, so that a faultless policy at 0.7 to 2 nats is outside of its interval in 7 to 27 % of certificates; at
-    # twice the interval's reach it is in 1 to 8 % (LOG.md, 2026-11-28)
+    # such weights are skewed: of 24 x 32 draws a faultless policy at 0.7 to 2 nats is outside of its interval in 7 to 20 % of
+    # certificates, at twice the interval's reach in 1 to 4 % (LOG.md, 2026-11-28)
     reach = overlap.high - overlap.value if overlap.value < 1 else overlap.value - overlap.low
     if abs(overlap.value - 1) <= max(0.1, 2 * reach):
         return ()

@@ -155,30 +155,37 @@ def differs_now(run: str | Path) -> list[str]:
     A run goes on to the same numbers bit by bit only where there is none.
     """
     file = Path(run) / "env.json"
-    found, now = read_json(file) if file.exists() else {}, environment()
-    pairs = [("python", found.get("python"), now["python"])]
-    pairs += [(name, found.get("versions", {}).get(name), now["versions"][name]) for name in PACKAGES]
-    lines = [f"{name} {then}, now {today}" for name, then, today in pairs if then not in (None, today)]
-    loops = found.get("compiled_loops")
-    if loops not in (None, now["compiled_loops"]):
+    then, now = read_json(file) if file.exists() else {}, _software()
+    pairs = [("python", then.get("python"), now["python"])]
+    pairs += [
+        (name, then.get("versions", {}).get(name), version) for name, version in now["versions"].items()
+    ]
+    lines = [f"{name} {before}, now {today}" for name, before, today in pairs if before not in (None, today)]
+    if then.get("compiled_loops", now["compiled_loops"]) != now["compiled_loops"]:
         lines.append(
-            f"{'compiled loops' if loops else 'no compiled loops'}, now {'none' if loops else 'with them'}"
+            "no compiled loops, now with them" if now["compiled_loops"] else "compiled loops, now none"
         )
     return lines
 
 
 def environment(*, seed: int | None = None, reward_hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a run depended on: versions, compiled loops of a CPU or torch's own, git revision of the current folder, seed, hashes of reward code."""
-    versions = {name: _version(name) for name in PACKAGES}
     return {
-        "python": platform.python_version(),
+        **_software(),
         "platform": platform.platform(),
-        "versions": versions,
-        "compiled_loops": library() is not None,
         "git_revision": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain")),
         "seed": seed,
         "reward_hashes": dict(reward_hashes or {}),
+    }
+
+
+def _software() -> dict[str, Any]:
+    """What numbers are rounded by."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "compiled_loops": library() is not None,
     }
 
 
