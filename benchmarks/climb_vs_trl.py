@@ -15,7 +15,6 @@ A finished run is a record in benchmarks/records/ and is not run again, so that 
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from climb_records import best_rates, file_name, missing, read, tables
+from processor import processor
 
 HERE = Path(__file__).resolve().parent
 LAST_LAYERS = {"kind": "lora", "r": 2, "alpha": 4, "layers": 12}
@@ -114,7 +114,7 @@ def climb(options):
     common = {
         "machine": {
             "device": options.device,
-            "name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "name": torch.cuda.get_device_name() if cuda else processor(),
             "threads": options.threads or max(1, os.cpu_count() // options.jobs),
             "jobs": options.jobs,
         },

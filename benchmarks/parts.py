@@ -15,7 +15,6 @@ No completion ends early. Both sides warm up once (a plan is long enough). Times
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from processor import processor
 from step_vs_trl import contiguous_head, peak_memory, prompts
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +46,7 @@ def main():
     import transformers
 
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.device}; torch {torch.__version__}, "
+        f"{processor()}, {os.cpu_count()} cores, {options.device}; torch {torch.__version__}, "
         f"transformers {transformers.__version__}; median [min, max] of {options.rounds} rounds, seconds\n"
     )
     print("| work | klimb | peer | peer / klimb |\n|---|---|---|---|", flush=True)

@@ -14,12 +14,13 @@ first step of each process is not counted. Times differ between machines and hou
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+from processor import processor
 
 PROMPTS, GENERATIONS, TOKENS = 8, 8, 32
 LONG = {"PROMPTS": 4, "TOKENS": 256}
@@ -264,7 +265,7 @@ def main():
 
     cores = os.cpu_count()
     print(
-        f"\n{platform.processor() or platform.machine()}, {cores} cores, {options.device}, {results['klimb'][0]['dtype']}; "
+        f"\n{processor()}, {cores} cores, {options.device}, {results['klimb'][0]['dtype']}; "
         f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
     )
     print(

@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes of a weight that are asked for beforehand
-
 // Linear layers that read the same states, side by side: x weight' + bias + (x a') b', with a [rank, width] and b [columns, rank]; bias
 // and adapter may be missing. `klimb.models.cpu_kernels` has the same fields.
 struct Linear {
@@ -64,7 +62,7 @@ inline void multiply_few(const Linear& w, const bfloat16* x, bfloat16* y, int64_
       Factors whole{from[m], depth, w.weight + n * depth, BLOCK, depth};
       Factors adapter{dwords(narrow) + m * BLOCK * inner, inner, w.b + n * inner, BLOCK, inner};
       if (m == 0)  // for the blocks of rows after the first one, what lies ahead is there
-        block<AHEAD>(found, BLOCK, whole, false, adapter);
+        block<true>(found, BLOCK, whole, false, adapter);
       else
         block(found, BLOCK, whole, false, adapter);
       for (int64_t i = m * BLOCK; i < std::min(rows, (m + 1) * BLOCK); i++)

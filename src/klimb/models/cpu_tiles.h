@@ -48,15 +48,6 @@ struct Room {
 
 // ---- products
 
-// Ask for what lies so many bytes further, as much as 16 rows of 32 pairs.
-template <int64_t AHEAD>
-inline void fetch(const uint32_t* b) {
-  const char* at = reinterpret_cast<const char*>(b) + AHEAD;
-  if (AHEAD)
-#pragma GCC unroll 32
-    for (int i = 0; i < 32; i++) __builtin_prefetch(at + i * 64);
-}
-
 // A [m, 2 depth] in rows, and B [2 depth, n] in pairs, depth a multiple of 16; so many numbers of 32 bits lie from one row to the next.
 struct Factors {
   const uint32_t* a;
@@ -65,8 +56,18 @@ struct Factors {
   int64_t b_apart, depth;
 };
 
-// C [32, 32] (+)= A B, plus another such product if there is one. B may be asked for some bytes AHEAD, where it lies without gaps.
+// C [32, 32] (+)= A B, plus another such product if there is one; LARGE: B, which lies without gaps, comes through memory, and what lies
+// behind it is wanted next.
 #ifdef __AMX_BF16__
+
+constexpr int64_t AHEAD = 4096;  // bytes of B that are asked for beforehand
+
+// As much as 16 rows of 32 pairs.
+inline void fetch(const uint32_t* b) {
+  const char* at = reinterpret_cast<const char*>(b) + AHEAD;
+#pragma GCC unroll 32
+  for (int i = 0; i < 32; i++) __builtin_prefetch(at + i * 64);
+}
 
 inline bool lent() {  // the system lends the tiles only to who asks
   constexpr long ASK = 0x1023, TILES = 18;
@@ -90,7 +91,7 @@ struct Tiles {  // what the tile registers are, from here to the end of the scop
   ~Tiles() { _tile_release(); }
 };
 
-template <int64_t AHEAD = 0>
+template <bool LARGE = false>
 inline void block(float* c, int64_t c_apart, const Factors& f, bool add, const Factors& more = {}) {
   written();
   if (add) {
@@ -115,7 +116,7 @@ inline void block(float* c, int64_t c_apart, const Factors& f, bool add, const F
     _tile_dpbf16ps(3, 5, 7);
   };
   for (int64_t d = 0; d < f.depth; d += 16) {
-    fetch<AHEAD>(f.b + d * f.b_apart);
+    if (LARGE) fetch(f.b + d * f.b_apart);
     onward(f.a + d, f.a_apart, f.b + d * f.b_apart, f.b_apart);
   }
   for (int64_t d = 0; d < more.depth; d += 16) onward(more.a + d, more.a_apart, more.b + d * more.b_apart, more.b_apart);
@@ -143,15 +144,17 @@ inline Floats dot(Floats sum, uint32_t a, Bits b) {
 #endif
 }
 
-template <int64_t AHEAD = 0>
+template <bool LARGE = false>
 inline void block(float* c, int64_t c_apart, const Factors& f, bool add, const Factors& more = {}) {
   constexpr int ROWS = 8;
-  for (int64_t d = 0; d < f.depth; d += 16) fetch<AHEAD>(f.b + d * f.b_apart);
+  const char* behind = reinterpret_cast<const char*>(f.b + f.depth * f.b_apart);
   for (int64_t m = 0; m < BLOCK; m += ROWS) {
     Floats left[ROWS] = {}, right[ROWS] = {};
     for (int i = 0; add && i < ROWS; i++) left[i] = load(c + (m + i) * c_apart), right[i] = load(c + (m + i) * c_apart + 16);
     for (const Factors* g : {&f, &more})
       for (int64_t d = 0; d < g->depth; d++) {
+        // a quarter of the next block of B for each of four passes over this one, into the second level of the cache
+        if (LARGE && g == &f) __builtin_prefetch(behind + (m / ROWS * f.depth + d) * 32, 0, 2);
         Bits b_left = bits(g->b + d * g->b_apart), b_right = bits(g->b + d * g->b_apart + 16);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {

@@ -1,7 +1,7 @@
 """Llama's layers for drawing on a CPU: matrix products, and one compiled loop for all that is between two of them.
 
 R rows (completions still running) of P prompts, D hidden width, L prompt tokens, T completion tokens. As `klimb.models.llama`, of whose dozens of
-operations a layer, most of them smaller than the call that makes them, twelve are left, or, in bfloat16 on a processor with matrix tiles,
+operations a layer, most of them smaller than the call that makes them, twelve are left, or, in bfloat16 on a processor that multiplies it (AMX, AVX512-BF16),
 one call for all layers. A prompt's memory is read where it lies by all of its completions; keys lie in tiles of sixteen tokens, as the loop over them reads; a row that ended leaves its place unused.
 Same numbers as the model's own forward pass up to rounding. Nothing is differentiable.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from klimb.models import cpu_kernels
-from klimb.models.products import OfFew, by_tiles, laid_for_few, of_few
+from klimb.models.products import OfFew, by_loop, laid_for_few, of_few
 from klimb.models.written_out import Layer, is_llama_like
 
 
@@ -70,7 +70,7 @@ class LoopDecoder:
         self.prompts = [(cpu_kernels.tiled(k), v.contiguous()) for k, v in remembered]
         _, self.kv, _, self.width = remembered[0][0].shape
         self.own = _room(remembered, len(self.prompt), max(1, -(-longest // cpu_kernels.LANES)))
-        whole = by_tiles(self.body.norm.weight)
+        whole = by_loop(self.body.norm.weight)
         self.whole = self._whole(layers) if whole else None
         self.layers = [] if whole else [_of_few(layer) for layer in layers]
 

@@ -207,7 +207,7 @@ def of_few(product: Product) -> OfFew:
 
 
 def laid_for_few(products: Sequence[Product], keeper: nn.Module) -> list[cpu_kernels.Laid]:
-    """The same products for few rows by the processor's tiles: weights in one piece of memory, kept beside `keeper` until one changes."""
+    """The same products for few rows by the compiled loop: weights in one piece of memory, kept beside `keeper` until one changes."""
     parts = [[part.weight.detach() for part in product.parts] for product in products]
     name = tuple(_version(weight) for weights in parts for weight in weights)
     kept = keeper.__dict__.get("laid_for_few")
@@ -257,8 +257,8 @@ def _laid_out(weights: Sequence[Tensor], keeper: nn.Module) -> tuple[tuple[Tenso
     return (weight,), packs
 
 
-def by_tiles(weight: Tensor) -> bool:
-    """True where products of few rows go by the processor's tiles."""
+def by_loop(weight: Tensor) -> bool:
+    """True where products of few rows go by the compiled loop."""
     return weight.is_cpu and weight.dtype == torch.bfloat16 and cpu_kernels.multiplies()
 
 
@@ -272,7 +272,7 @@ def laid_out_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], 
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if not _packs(weight):
         return partial(nn.functional.linear, weight=weight, bias=bias)
-    if by_tiles(weight):
+    if by_loop(weight):
         columns, width = weight.shape
         to = cpu_kernels.large_pages(weight, cpu_kernels.laid_size(columns, width))
         return partial(
