@@ -6,7 +6,6 @@ Cheap things first: a misspelt file is refused before a model is loaded.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,22 +15,16 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 
 from klimb.choice import check_method, chosen
 from klimb.comparisons import Judged, load_judged
-from klimb.config import TAUGHT, Config, Context, Full, Lora, Prefix, Teacher, VllmSampler
+from klimb.config import TAUGHT, Config, VllmSampler
 from klimb.data import Example, Reward, Sampler
 from klimb.dataset import load_examples
-from klimb.models.families import adapter_kind, full, lora
-from klimb.models.hub import DTYPES, load_model, require_four_bits
-from klimb.models.policy import CausalPolicy, check_head
-from klimb.models.prefix import prefix
-from klimb.models.renumbered import read_numbers, renumber
+from klimb.models.hub import require_four_bits
+from klimb.models.policy import CausalPolicy
 from klimb.models.sharded import shard
-from klimb.models.soft_prompt import soft_prompt
-from klimb.models.trained import load_trained
-from klimb.nearest import nearest, nearest_file
+from klimb.named_models import context_of, fingerprint, options_of, policies_of, teacher_of
 from klimb.pool import prompts_at_once
 from klimb.ranks import ALONE, Ranks
 from klimb.rewards.cache import reward_cache
@@ -115,10 +108,10 @@ def prepare(config: Config, *, policy_folder: str | Path | None = None, ranks: R
     check_columns(
         reward, dict.fromkeys(name for x in [*train_examples, *test_examples] for name in x.columns)
     )
-    context = _context(config)
-    policy, reference = (replace(who, ranks=ranks) for who in _policies(config, policy_folder, context))
+    context = context_of(config)
+    policy, reference = (replace(who, ranks=ranks) for who in policies_of(config, policy_folder, context))
     policy = replace(policy, gradient_checkpointing=config.gradient_checkpointing)
-    teacher = _teacher(config, reference, context) if config.target.kind in TAUGHT else None
+    teacher = teacher_of(config, reference, context) if config.target.kind in TAUGHT else None
     if teacher is not None:
         teacher = replace(teacher, ranks=ranks)
         reward = LogRatio(teacher, reference)
@@ -199,99 +192,6 @@ def _inside(asked: VllmSampler, reference: CausalPolicy, longest: int, ranks: Ra
     return start(reference, longest=longest, memory=asked.gpu_memory_utilization)
 
 
-def _context(config: Config) -> str | None:
-    """The text of a target that is a context."""
-    aim = config.target
-    if not isinstance(aim, Context):
-        return None
-    if aim.context is not None:
-        return aim.context
-    assert aim.context_file is not None
-    file = Path(aim.context_file)
-    if not file.is_file():
-        raise ValueError(f"target.context_file {file}: no such file{nearest_file(file)}")
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if not text:
-        raise ValueError(f"{file}: the context is empty; there is nothing to learn from it")
-    return text
-
-
-def _teacher(config: Config, reference: CausalPolicy, context: str | None) -> CausalPolicy:
-    """The policy that is the target."""
-    if context is not None:
-        return replace(reference, context=context)
-    assert isinstance(config.target, Teacher)
-    name = config.target.teacher
-    teacher = _named_teacher(name, config)
-    if config.target.token_map is not None:
-        size, own = (who.head.weight.shape[0] for who in (reference, teacher))
-        renumber(teacher.model, read_numbers(config.target.token_map, size=size, own_size=own))
-        teacher = replace(teacher, tokenizer=reference.tokenizer, end=reference.end)
-    words = teacher.tokenizer
-    if words.get_vocab() != reference.tokenizer.get_vocab():
-        raise ValueError(
-            f"target.teacher {name}: its tokenizer has other words than that of {config.model_name_or_path} "
-            f"({len(words.get_vocab())} and {len(reference.tokenizer.get_vocab())}); expected a model of the same tokenizer, or "
-            "target.token_map with the teacher's number for each token: no law of the next token is shared between two"
-        )
-    check_head(teacher)
-    sizes = [who.head.weight.shape[0] for who in (teacher, reference)]
-    if sizes[0] != sizes[1] or set(teacher.end) != set(reference.end):
-        raise ValueError(
-            f"target.teacher {name}: got {sizes[0]} logits and the ends {sorted(teacher.end)}, expected {sizes[1]} and "
-            f"{sorted(reference.end)} as of {config.model_name_or_path}"
-        )
-    return teacher
-
-
-def _named_teacher(name: str, config: Config) -> CausalPolicy:
-    """A model, or an adapter of klimb or peft, beside a second copy of the model of the run."""
-    folder, size, options = os.path.expanduser(name), config.max_chunk_tokens, options_of(config)
-    if adapter_kind(folder) is None:
-        model, words = load_model(name, **options)
-        return CausalPolicy(model, words, max_chunk_tokens=size)
-    model, words = load_model(config.model_name_or_path, revision=config.model_revision, **options)
-    teacher, _ = load_trained(folder, model, words, max_chunk_tokens=size)
-    for weight in teacher.parameters():
-        weight.requires_grad_(False)
-    return replace(teacher, trainable=())
-
-
-def options_of(config: Config) -> dict[str, Any]:
-    """How models are loaded.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    return {
-        "dtype": None if config.dtype is None else DTYPES.get(config.dtype),
-        "nf4": config.dtype == "nf4",
-        "device": _device(config.device),
-        "trust_remote_code": config.trust_remote_code,
-    }
-
-
-def _device(name: str | None) -> str:
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return "cuda" if cards else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # a name that is none, or a card that is not there
-        there = ", ".join(["cpu", *(["cuda"] if cards else []), *(f"cuda:{i}" for i in range(cards))])
-        raise ValueError(
-            f"device: got {name!r}, which torch cannot use here; expected one of {there}"
-        ) from error
-    return name
-
-
 def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
     """The judged completions to learn from, and those held out."""
     read = partial(
@@ -310,65 +210,6 @@ def _judged(config: Config) -> tuple[list[Judged], list[Judged]]:
     return judged, judged if config.dataset_test_split is None else read(split=config.dataset_test_split)
 
 
-def _policies(
-    config: Config, policy_folder: str | Path | None, context: str | None
-) -> tuple[CausalPolicy, CausalPolicy]:
-    options = options_of(config)
-    size = config.max_chunk_tokens
-    model, tokenizer = load_model(config.model_name_or_path, revision=config.model_revision, **options)
-    start = config.family.start if isinstance(config.family, Lora) else None
-    if policy_folder is not None:
-        try:
-            policy, reference = load_trained(
-                policy_folder, model, tokenizer, start=start, max_chunk_tokens=size, **options
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{policy_folder}: its weights cannot be read ({error}); copy them again, or train once more"
-            ) from error
-    elif isinstance(config.family, Lora):
-        _check_modules(model, config.family.target_modules)
-        policy, reference = lora(
-            model,
-            tokenizer,
-            r=config.family.r,
-            alpha=config.family.alpha,
-            target_modules=config.family.target_modules,
-            layers=config.family.layers,
-            start=start,
-            seed=config.seed,
-            max_chunk_tokens=size,
-        )
-    elif isinstance(config.family, Full):
-        policy, reference = full(model, tokenizer, max_chunk_tokens=size)
-    else:
-        init = config.family.init
-        policy, reference = (prefix if isinstance(config.family, Prefix) else soft_prompt)(
-            model,
-            tokenizer,
-            num_virtual_tokens=config.family.num_virtual_tokens,
-            init=context if init == "context" else None if init == "random" else init,
-            seed=config.seed,
-            max_chunk_tokens=size,
-        )
-    if config.reference is not None:
-        other, words = load_model(config.reference, **options)
-        if words.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"reference {config.reference}: its tokenizer has other words than that of "
-                f"{config.model_name_or_path}; expected a model of the same tokenizer"
-            )
-        reference = CausalPolicy(other, words, max_chunk_tokens=size)
-        check_head(reference)
-        if set(reference.end) != set(policy.end):
-            raise ValueError(
-                f"reference {config.reference}: completions end with the tokens {sorted(reference.end)}, those of "
-                f"{config.model_name_or_path} with {sorted(policy.end)}; set the same eos_token_id in both "
-                "generation_config.json"
-            )
-    return policy, reference
-
-
 def _num_tokens(example: Example, policy: CausalPolicy) -> int:
     try:
         return len(policy.render(example))
@@ -377,42 +218,6 @@ def _num_tokens(example: Example, policy: CausalPolicy) -> int:
             f"the chat template of the model refuses the prompt {str(example.prompt)[:60]!r}...: {error}; change its messages, or give "
             "it as text"
         ) from error
-
-
-def _check_modules(model: torch.nn.Module, wanted: str | list[str]) -> None:
-    """Refuse the name of a layer that is not there: of several, peft passes over it and says nothing."""
-    if isinstance(wanted, str):  # a pattern
-        return
-    layers = [name for name, _ in model.named_modules()]
-    for one in wanted:
-        if not any(f".{name}".endswith(f".{one}") for name in layers):
-            there = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, part in model.named_modules()
-                    if isinstance(part, torch.nn.Linear)
-                }
-            )
-            raise ValueError(
-                f"family.target_modules: no layer is called {one!r}{nearest(one, there)}; there are {', '.join(there)}"
-            )
-
-
-def fingerprint(policy: CausalPolicy, *, numbers: int = 64) -> str:
-    """A sha256 over the configuration and, of each of the weights, its name, shape, dtype and some of its numbers."""
-    active = policy.activate.keywords.get("active") if isinstance(policy.activate, partial) else None
-    digest = hashlib.sha256(f"{policy.model.config.model_type} {sorted(policy.end)} {active}".encode())
-    for name, weight in sorted(policy.model.state_dict().items()):
-        if ".lora_" in name and f".{active}." not in name:
-            continue  # of an adapter that does not speak
-        flat = weight.flatten()
-        some = flat[:: max(1, len(flat) // numbers)].double().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(some.numpy().tobytes())
-    for own in (policy.virtual, policy.prefix):
-        if own is not None:
-            digest.update(own.detach().double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:

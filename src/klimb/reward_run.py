@@ -17,10 +17,11 @@ from klimb import store
 from klimb.beginning import say_what_differs
 from klimb.comparisons import load_judged
 from klimb.config import Config, Lora, load
-from klimb.loaded import generator_for, options_of
+from klimb.loaded import generator_for
 from klimb.models.hub import default_dtype
 from klimb.models.master import write_out
 from klimb.models.scorer import Scorer, load_scorer, save_scorer
+from klimb.named_models import options_of
 from klimb.objectives.preference import bradley_terry, given, logistic
 from klimb.objectives.reward_model import reward_model
 from klimb.profile import Seen, looked_at, memory_used, steps_to_look_at, write_profile

@@ -45,7 +45,7 @@ def _step(step: Mapping[str, Any]) -> RenderableType:
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,  # eighty columns are enough so
     )
     for column in table.columns[1:]:
         column.justify = "right"

@@ -2,9 +2,9 @@
 
 A span is one operation, kernel or named range, with its beginning and end in seconds. A training names its parts
 (`klimb:draw`) by ranges on the host. What a part spent on matrix products, attention, elementwise work and copies is the
-time of the operations inside it, each without those it called; on an accelerator the time of its kernels. All that is
-left of the part's wall-clock is Python: the interpreter, the dispatch of operations, and an accelerator that waits for
-both.
+time of the operations inside it, each without those it called, compiled loops among them (one of which is all layers of a
+token that is drawn); on an accelerator the time of its kernels. All that is left of the part's wall-clock is Python: the
+interpreter, the dispatch of operations, and an accelerator that waits for both.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 RANGE = "klimb:"
 """what the names of our own ranges begin with"""
 STEP = RANGE + "step"
+LOOP = "klimb_loop::"
+"""what the names of compiled loops begin with, as a profiler sees them"""
 LONGEST_NAME = 120
 """letters of a name in a trace; those of C++ templates go on for pages"""
 PARTS = ("draw", "score", "update", "write")
-KINDS = ("matrix products", "attention", "elementwise", "copies", "Python")
+KINDS = ("matrix products", "attention", "elementwise", "copies", "layers", "Python")
 
 MATRIX = frozenset({"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_addmm_activation"})
 COPIES = frozenset(
@@ -39,6 +41,17 @@ FREE = frozenset(
     }
 )  # fmt: skip
 """operations that only look at a tensor in another way, reserve memory, or call others: what they take is dispatch"""
+
+LOOPS = {
+    **dict.fromkeys(("multiply_few", "adapt"), "matrix products"),
+    **dict.fromkeys(
+        ("attend_token", "soften", "reweigh", "soften_backward", "attend_packed", "attend_packed_backward"),
+        "attention",
+    ),
+    "lay_out": "copies",
+    "next_token": "layers",
+}
+"""what a compiled loop of a CPU spends its time on, where that is not elementwise; one is all of a token's layers"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,11 @@ def kind_of_operation(name: str) -> str:
     Example:
         >>> kind_of_operation("aten::addmm_"), kind_of_operation("aten::view"), kind_of_operation("MulBackward0")
         ('matrix products', 'Python', 'Python')
+        >>> kind_of_operation("klimb_loop::next_token"), kind_of_operation("klimb_loop::norm")
+        ('layers', 'elementwise')
     """
+    if name.startswith(LOOP):
+        return LOOPS.get(name.removeprefix(LOOP), "elementwise")
     library, _, operation = name.rpartition("::")
     if not library or "autograd" in library:
         return "Python"

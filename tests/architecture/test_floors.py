@@ -27,7 +27,7 @@ FLOORS = [  # from the bottom
     {"plan", "train", "measure", "sample", "distil", "plan_distil", "reward_model"},
     {"report", "explorer", "store", "config", "dataset", "comparisons", "convert", "tasks"},
     {"offline", "trackers", "records", "checkpoint", "watch", "profile"},
-    {"loaded", "choice", "aim"},
+    {"loaded", "named_models", "choice", "aim"},
     {"training", "planning", "diagnosis"},
     {"beginning", "judging", "measuring", "sampling"},
     {"run", "reward_run", "problems"},

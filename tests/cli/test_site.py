@@ -68,7 +68,7 @@ def test_a_broken_link_is_found():
 
 INNER = re.compile(
     r"klimb\.(__main__|cli|cli_\w+|screen|screen_\w+|report\.\w+|explorer\.\w+|launch|nearest|spans|backward|steps|batch|offline|records|checkpoint|profile"
-    r"|loaded|choice|aim|training|planning|beginning|judging|measuring|config\.(options|kinds|methods|together|values)|rewards\.(errors|texts|post)|samplers\.shared"
+    r"|loaded|named_models|choice|aim|training|planning|beginning|judging|measuring|config\.(options|kinds|methods|together|values)|rewards\.(errors|texts|post)|samplers\.shared"
     r"|models\.(attended|between_products|compiled|cpu_kernels|decoding|fused_attention|llama|llama_on_cpu|low_rank|products|recomputed|recorded|room|sharded|shared_attention|tiled_attention|written_out))$"
 )
 """what nobody calls from Python: how the verbs and the command line are made, and how layers are written out"""

@@ -8,9 +8,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from klimb.models import compiled, cpu_kernels, logprob, written_out
 from klimb.samplers import ancestral
+from klimb.spans import LOOP, LOOPS
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
 DTYPES = [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)]
@@ -46,6 +48,16 @@ def test_norm_and_its_gradient(dtype, rounding, rows, width, random):
     out, _, total = cpu_kernels.norm(x, weight, 1e-5, y)
     assert torch.equal(total, x + y)
     assert close(out, normed(total.double(), weight.double()), rounding)
+
+
+def test_a_profiler_sees_each_loop_by_its_name(random):
+    x = torch.randn(4, 16, generator=random)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as looking:
+        seen = cpu_kernels.norm(x, torch.ones(16), 1e-5)[0]
+    names = [event.name for event in looking.events() if event.name.startswith(LOOP)]
+    assert names == ["klimb_loop::norm"]
+    assert torch.equal(seen, cpu_kernels.norm(x, torch.ones(16), 1e-5)[0])  # and it is the same unseen
+    assert set(LOOPS) <= set(cpu_kernels.SIGNATURES)  # a loop that was renamed would count as elementwise
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), DTYPES)

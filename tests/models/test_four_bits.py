@@ -15,7 +15,6 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from klimb.learn import Recipe
-from klimb.loaded import fingerprint
 from klimb.measure import measure
 from klimb.models import hub
 from klimb.models.families import full, lora, save_policy
@@ -23,6 +22,7 @@ from klimb.models.hub import load_model, weights_of
 from klimb.models.policy import CausalPolicy
 from klimb.models.soft_prompt import soft_prompt
 from klimb.models.trained import load_trained
+from klimb.named_models import fingerprint
 from klimb.objectives import log_variance
 from klimb.plan import plan
 from klimb.samplers.ancestral import ancestral

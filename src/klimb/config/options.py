@@ -192,7 +192,7 @@ class Config(Part):
     seed: Seed = 0
     """of everything random"""
     max_chunk_tokens: Count | None = None
-    """completion tokens that go through the model together; left out: 2048 of a small model on a CPU and fewer the wider it is, down to 512 (of one prompt 2048); 4096 on a GPU; less needs less memory"""
+    """completion tokens that go through the model together; left out: on a CPU 2048 of a tiny model and fewer the wider it is (1024 of one 576 wide), down to 512 (of one prompt 2048); 4096 on a GPU; less needs less memory"""
     gradient_checkpointing: bool = False
     """keep only what goes into each layer and run it again in the backward pass: less memory for long sequences, a third more time"""
     batch_rows: Count = 192

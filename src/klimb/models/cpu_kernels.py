@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from klimb.models.compiled import library
+from klimb.spans import LOOP
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES = 16
@@ -485,8 +487,14 @@ def _heads_side_by_side(x: Tensor) -> Tensor:
 
 
 def _call(name: str, dtype: torch.dtype, *what: Any) -> None:
-    """Run a loop for numbers of this dtype; tensors go as their address."""
-    _loop(name, dtype)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in what])
+    """Run a loop for numbers of this dtype; tensors go as their address. A profiler that looks on sees it by its name."""
+    loop = _loop(name, dtype)
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in what]
+    if torch.autograd._profiler_enabled():
+        with record_function(LOOP + name):
+            loop(*addresses)
+    else:
+        loop(*addresses)
 
 
 @cache

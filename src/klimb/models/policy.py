@@ -28,8 +28,8 @@ from klimb.ranks import ALONE, Ranks
 
 CHUNK_TOKENS = {"cuda": 4096}
 """a GPU would wait for Python with fewer"""
-CHUNK_NUMBERS = 2048 * 576
-"""elsewhere: the numbers of one state of so many tokens; a small model would wait for Python with fewer, a large one wants memory"""
+CHUNK_NUMBERS = 1024 * 576
+"""elsewhere: the numbers of one state of so many tokens; a small model would wait for Python with fewer, a large one wants the memory"""
 FEWEST_TOKENS = 512
 """of a chunk, however wide the model"""
 GROUP_TOKENS = 2048
