@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,16 @@ def record(method, gaps, *, rate=1e-3, seed=0, start=0.0, pace=10.0, ended=None,
 def test_examples(records_of):
     found = doctest.testmod(records_of)
     assert (found.attempted > 1, found.failed) == (True, 0)
+
+
+def test_a_machine_is_called_by_the_best_it_has(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import processor
+
+    assert doctest.testmod(processor).failed == 0
+    for flags, best in (("avx2 avx512_bf16 amx_bf16", "amx_bf16"), ("avx512_bf16 avx2", "avx512_bf16")):
+        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} sse\n")
+        assert processor.processor(tmp_path / "cpuinfo") == f"{platform.machine()} {best}"
 
 
 def test_between_checkpoints_the_line_is_straight(records_of):

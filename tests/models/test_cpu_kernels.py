@@ -1,9 +1,11 @@
 """The compiled loops of a CPU give what the formulas give, for widths that fill no register and rows that fill no thread."""
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +50,16 @@ def test_norm_and_its_gradient(dtype, rounding, rows, width, random):
     out, _, total = cpu_kernels.norm(x, weight, 1e-5, y)
     assert torch.equal(total, x + y)
     assert close(out, normed(total.double(), weight.double()), rounding)
+
+
+def test_tiles_that_the_system_does_not_lend_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
+    for lends in (True, False):
+        monkeypatch.setattr(compiled, "_lends_tiles", lambda lends=lends: lends)
+        assert ("-U__AMX_BF16__" in compiled._flags()) == (not lends)
+    monkeypatch.undo()
+    if platform.machine() == "x86_64" and "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        assert not compiled._lends_tiles()  # there are none
 
 
 def test_a_profiler_sees_each_loop_by_its_name(random):

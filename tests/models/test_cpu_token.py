@@ -1,5 +1,7 @@
 """A token through all layers as one call, and the products it is made of: against float64, by each kind of product a processor may have."""
 
+import subprocess
+
 import pytest
 import torch
 
@@ -50,6 +52,15 @@ def test_products_of_few_rows(rows, width, columns, rank, products):
     assert apart(multiply_few(x, laid(width, columns, rank, seed=2)[0]), plain(x)) > 0.1
     x[0, 0] = torch.nan
     assert torch.equal(multiply_few(x, linear).isnan().all(1), torch.arange(rows) == 0)
+
+
+def test_products_of_few_rows_are_on_where_the_processor_multiplies_bfloat16(loops, request):
+    kind = request.node.callspec.params["loops"]
+    ask = [*compiled._compiler(), *compiled._flags(), "-dM", "-E", "-x", "c++", "/dev/null"]
+    knows = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    dots, tiles = "__AVX512BF16__" in knows, "__AMX_BF16__" in knows
+    wanted = {"as they are": dots or tiles, "dot products": dots, "plain": False}[kind]
+    assert bool(loops.products_ready()) == wanted
 
 
 def test_products_without_bias_and_of_rows_that_do_not_lie_together(products):

@@ -85,8 +85,16 @@ def _openmp() -> Path | None:
 
 
 def _flags() -> list[str]:
-    tuned = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    return ["-std=gnu++17", "-O3", tuned, "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+    tuned = ["-mcpu=native"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        tuned = ["-march=native", *([] if _lends_tiles() else ["-U__AMX_BF16__"])]
+    return ["-std=gnu++17", "-O3", *tuned, "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+
+
+def _lends_tiles() -> bool:
+    """True where the system lets this process use the processor's matrix tiles (AMX); a sandbox may not."""
+    arch_prctl, ask_for, tiles = 158, 0x1023, 18  # of Linux on x86-64
+    return ctypes.CDLL(None).syscall(arch_prctl, ask_for, tiles) == 0
 
 
 def _processor() -> bytes:

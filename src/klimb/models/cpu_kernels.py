@@ -113,7 +113,7 @@ def adapt(y: Tensor, x: Tensor, adapters: Adapters) -> None:
 
 @cache
 def multiplies() -> bool:
-    """True where `multiply_few` and `next_token` run and gain over torch's products: on a processor that multiplies bfloat16 (AMX, AVX512-BF16)."""
+    """True where `multiply_few` and `next_token` run and gain over torch's products: on a processor with AMX that the system lends, or, without it, AVX512-BF16."""
     loops = library()
     return loops is not None and bool(loops.products_ready())
 

@@ -25,7 +25,7 @@ struct Layer {
 
 }  // namespace
 
-// 1 if products of few rows gain by these: the processor has tiles, and the system lends them, or dot products of bfloat16.
+// 1 if products of few rows gain by these: the processor has tiles and the system lends them, or, without tiles, dot products of bfloat16.
 extern "C" int64_t products_ready() {
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
   return lent();
