@@ -1,4 +1,4 @@
-# make climb: a real language model climbs, in some five minutes.   make test: the tests.
+# make climb: a real language model climbs, in five to eight minutes.   make test: the tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
